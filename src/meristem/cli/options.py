@@ -1,0 +1,102 @@
+"""Global options and what every command shares: the workspace, JSON output, progress bars."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from meristem.workspace import Workspace
+
+
+@dataclass
+class _Globals:
+    workspace: Path | None = None
+    json: bool = False
+    actor: str | None = None
+
+
+_given = _Globals()
+
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
+
+
+def globals_(
+    workspace: Annotated[
+        Path | None,
+        typer.Option(
+            help="The workspace's folder.",
+            show_default="MERISTEM_WORKSPACE, or the nearest parent with a meristem.yaml",
+        ),
+    ] = None,
+    actor: Annotated[
+        str | None, typer.Option(help="Who does this.", show_default="MERISTEM_ACTOR, or the login name")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    _given.workspace, _given.json, _given.actor = workspace, as_json, actor
+
+
+@contextmanager
+def opened() -> Iterator[Workspace]:
+    """The workspace that the options name, with progress bars on stderr."""
+    from meristem.cli.progress import bars
+    from meristem.workspace import Workspace
+
+    with bars() as progress:
+        ws = Workspace.open(_folder(), actor=_given.actor, progress=progress)
+        try:
+            yield ws
+        finally:
+            ws.close()
+
+
+def _folder() -> Path:
+    if _given.workspace is not None:
+        return _given.workspace
+    if "MERISTEM_WORKSPACE" in os.environ:
+        return Path(os.environ["MERISTEM_WORKSPACE"])
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "meristem.yaml").exists():
+            return folder
+    return here
+
+
+def show(as_json: bool, document: Any, text: str | None = None) -> None:
+    """Print ``document`` as JSON, or ``text`` for people."""
+    if as_json or _given.json or text is None:
+        typer.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+    elif text:
+        typer.echo(text)
+
+
+def wants_json(as_json: bool) -> bool:
+    return as_json or _given.json
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table for people; plain text when stdout is not a terminal."""
+    if not rows:
+        return f"no {title} yet"
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    width = None if sys.stdout.isatty() else 200
+    console = Console(file=open(os.devnull, "w"), record=True, width=width)  # noqa: SIM115
+    console.print(made)
+    return "\n".join(line.rstrip() for line in console.export_text().splitlines())

@@ -1,0 +1,82 @@
+"""``meristem update``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from meristem.cli.options import JSON, opened, show, table
+
+if TYPE_CHECKING:
+    from meristem.workspace import UpdateResult
+
+app = typer.Typer(name="update", help="Training runs that make new versions.", no_args_is_help=True)
+
+
+@app.command("run")
+def run(
+    model: str,
+    data: Annotated[str, typer.Option(help="Data sets, separated by commas.")],
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="NAME[:key=value,...]; may be given several times.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A YAML file that overrides the default recipe.")] = None,
+    stage: Annotated[str, typer.Option(help="cit (continual instruction tuning)")] = "cit",
+    as_json: JSON = False,
+) -> None:
+    """Train the champion on new data; the same command finishes an interrupted run."""
+    from meristem.config import load_recipe
+
+    overrides = {**(load_recipe(recipe) if recipe else {}), "stage": stage}
+    with opened() as ws:
+        result = ws.update(model, data=data.split(","), methods=method, recipe=overrides)
+        _show(result, as_json)
+
+
+@app.command("resume")
+def resume(name: Annotated[str, typer.Argument(metavar="ID")], as_json: JSON = False) -> None:
+    """Go on with an interrupted update."""
+    with opened() as ws:
+        _show(ws.resume(name), as_json)
+
+
+@app.command("show")
+def show_(name: Annotated[str, typer.Argument(metavar="ID")], as_json: JSON = False) -> None:
+    """One update: manifest, cost, training curve."""
+    with opened() as ws:
+        result = ws.update_result(name)
+        document = {**_document(result), "manifest": result.record.document()}
+        if result.outcome:
+            document["curve"] = result.outcome.curve
+        show(as_json, document)
+
+
+@app.command("list")
+def list_(as_json: JSON = False) -> None:
+    """Updates and how they ended."""
+    with opened() as ws:
+        rows = [_document(ws.update_result(e.id)) for e in ws.records("update")]
+        cells = [(r["id"], r["model"], r["status"], r["version"] or "", r["seconds"] or "") for r in rows]
+        show(as_json, rows, table("updates", ("update", "model", "status", "version", "seconds"), cells))
+
+
+def _show(result: UpdateResult, as_json: bool) -> None:
+    document = _document(result)
+    text = f"{result.id}: {document['version']} after {document['steps']} steps in {document['seconds']:.0f} s"
+    show(as_json, document, text)
+
+
+def _document(result: UpdateResult) -> dict[str, Any]:
+    outcome = result.outcome
+    return {
+        "id": result.id,
+        "model": result.record.model,
+        "status": result.entry.status,
+        "version": result.made.label if result.made else None,
+        "digest": result.made.digest if result.made else None,
+        "steps": outcome.steps if outcome else None,
+        "tokens": outcome.tokens if outcome else None,
+        "seconds": outcome.seconds if outcome else None,
+    }

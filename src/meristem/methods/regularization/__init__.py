@@ -1,0 +1,1 @@
+"""Regularization: terms that hold important weights where they are."""

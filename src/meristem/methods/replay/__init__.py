@@ -1,0 +1,1 @@
+"""Replay: rows of earlier tasks, trained on again."""

@@ -1,0 +1,166 @@
+"""From pending signals to one plan: what to train, how, and by which criteria it will be judged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection
+
+from meristem.config import ModelSettings, Recipe, resolve_recipe
+from meristem.data.datasets import load_rows
+from meristem.ecosystem import aliases, assets, ledger, versions
+from meristem.ecosystem.ledger import Entry
+from meristem.ecosystem.records import Asset, Criterion, Plan, Signal
+from meristem.ecosystem.versions import VersionEntry
+from meristem.errors import BadInput
+from meristem.evaluation.contamination import refuse_leaks
+from meristem.methods.registry import parse
+from meristem.release import criteria
+from meristem.store.store import Store, Transaction, read_document
+
+# What each kind of signal is answered with; signals that bring no data wait for some.
+_RETRY = {"regression", "incident"}
+_NOT_BUILT = {
+    "base-upgrade": "rebasing onto a new foundation (capability transfer) is not built yet: "
+    "keep the pinned base, or add a model on the new one and train it from the recorded data",
+}
+
+
+def plan_next(store: Store, actor: str, settings: ModelSettings, model: str) -> Entry | None:
+    """The open plan of ``model``, or a new one for its oldest pending signal; None when nothing is pending.
+
+    Signals of one kind that bring data are answered together. Everything in the plan is fixed here, before
+    training: data, recipe, suites, criteria.
+    """
+    with store.database.read() as connection:
+        for entry in ledger.entries(connection, "plan", model=model, status="open"):
+            return entry
+        pending = ledger.entries(connection, "signal", model=model, status="pending")
+        if not pending:
+            return None
+        first = pending[0].as_(Signal)
+        together = (
+            [e for e in pending if e.as_(Signal).kind == first.kind]
+            if first.kind == "new-data"
+            else pending[:1]
+        )
+        plan = _plan(connection, settings, model, together)
+    recipe = resolve_recipe(settings.recipe, {"methods": _methods(settings, plan.attempt, first.kind)})
+    return record_plan(store, actor, plan, recipe if plan.action == "update" else None, together)
+
+
+def plan_update(
+    store: Store, actor: str, settings: ModelSettings, model: str, data: list[str], recipe: Recipe
+) -> Entry:
+    """A plan that a person asked for: this data with this recipe, judged by the model's policy."""
+    with store.database.read() as connection:
+        parent = versions.resolve(connection, f"{model}@{aliases.CHAMPION}")
+        suites, fixed = _criteria(connection, settings, parent, data)
+        plan = Plan(
+            model=model,
+            action="update",
+            reason="asked for",
+            signals=[],
+            parent=parent.digest,
+            data=data,
+            suites=suites,
+            criteria=fixed,
+        )
+    return record_plan(store, actor, plan, recipe, [], status="manual")
+
+
+def record_plan(
+    store: Store, actor: str, plan: Plan, recipe: Recipe | None, signals: list[Entry], status: str = "open"
+) -> Entry:
+    """Check a plan's data against its suites and store it; its signals are taken.
+
+    The loop carries out ``open`` plans; a ``manual`` one belongs to the person who asked for it.
+    """
+    if recipe is not None:
+        for digest in plan.data:
+            _refuse_leaks(store, digest)
+    with store.transaction(actor, plan.reason) as tx:
+        if recipe is not None:
+            budget = _budget(tx.connection, plan.data, recipe)
+            plan = plan.model_copy(update={"recipe": tx.add_document(recipe.document()), "budget": budget})
+        entry = _same(tx, plan, status) or ledger.open_record(tx, "plan", plan, plan.model, status)
+        for signal in signals:
+            ledger.set_status(tx, signal, "planned", entry.digest)
+    return entry
+
+
+def _same(tx: Transaction, plan: Plan, status: str) -> Entry | None:
+    for entry in ledger.entries(tx.connection, "plan", model=plan.model, status=status):
+        if entry.digest == plan.digest:
+            return entry
+    return None
+
+
+def _plan(connection: Connection, settings: ModelSettings, model: str, signals: list[Entry]) -> Plan:
+    records = [entry.as_(Signal) for entry in signals]
+    first = records[0]
+    parent = versions.resolve(connection, f"{model}@{aliases.CHAMPION}")
+    data = list(dict.fromkeys(digest for record in records for digest in record.data))
+    ids = [entry.digest for entry in signals]
+    if first.kind in _NOT_BUILT or not data:
+        reason = _NOT_BUILT.get(
+            first.kind, f"the {first.kind} signal brings no data to learn from; add some to it"
+        )
+        return Plan(model=model, action="wait", reason=reason, signals=ids, parent=parent.digest)
+    suites, fixed = _criteria(connection, settings, parent, data)
+    return Plan(
+        model=model,
+        action="update",
+        reason=_reason(first),
+        signals=ids,
+        parent=parent.digest,
+        attempt=int(first.details.get("attempt", 0)) + 1,
+        data=data,
+        suites=suites,
+        criteria=fixed,
+    )
+
+
+def _reason(signal: Signal) -> str:
+    if signal.kind in _RETRY:
+        return f"{signal.kind}: {signal.note or 'reported'}; learn the same data with protection against forgetting"
+    return f"{signal.kind}: {signal.note or 'learn it on top of the champion'}"
+
+
+def _methods(settings: ModelSettings, attempt: int, kind: str) -> list[dict[str, object]]:
+    """First attempts use the model's plain methods, what follows a regression or an incident the protecting ones."""
+    chosen = settings.retry_methods if attempt > 1 or kind in _RETRY else settings.methods
+    built = [parse(text) for text in chosen]
+    return [{"name": method.label, "arguments": method.arguments()} for method in built]
+
+
+def _criteria(
+    connection: Connection, settings: ModelSettings, parent: VersionEntry, data: list[str]
+) -> tuple[dict[str, str], list[Criterion]]:
+    new = {task for digest in data for task in _facts(connection, digest)["tasks"]}
+    newest = criteria.newest_suites(connection)
+    fixed = criteria.spelled_out(settings, newest, new, set(parent.record.tasks))
+    if not fixed:
+        raise BadInput(
+            f"no gate of model {parent.model} applies to any suite, so the update could never be released: add a "
+            f"suite with a task named {' or '.join(sorted(new))} (`meristem suite add`)"
+        )
+    named = {criterion.suite for criterion in fixed}
+    return {entry.name: entry.digest for entry in newest if entry.name in named}, fixed
+
+
+def _budget(connection: Connection, data: list[str], recipe: Recipe) -> dict[str, int]:
+    rows = sum(_facts(connection, digest)["rows"] for digest in data)
+    per_step = recipe.batch_size * recipe.gradient_accumulation
+    return {"rows": rows, "steps": recipe.max_steps or max(1, round(rows * recipe.epochs / per_step))}
+
+
+def _facts(connection: Connection, digest: str) -> dict[str, Any]:
+    return Asset.from_document(read_document(connection, digest)).facts
+
+
+def _refuse_leaks(store: Store, digest: str) -> None:
+    with store.database.read() as connection:
+        entry = assets.resolve(connection, "dataset", digest)
+        suites = criteria.newest_suites(connection)
+    refuse_leaks(store, f"data {entry.label}", load_rows(store, entry.record.files), suites)

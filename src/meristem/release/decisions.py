@@ -1,0 +1,134 @@
+"""Decisions: one verdict on one version against one champion, with every gate's numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection
+
+from meristem.config import ModelSettings
+from meristem.ecosystem import aliases, assets, ledger, versions
+from meristem.ecosystem.ledger import Entry
+from meristem.ecosystem.records import Approval, Criterion, Decision, GateResult, Outcome, Plan
+from meristem.ecosystem.versions import VersionEntry
+from meristem.errors import BadInput
+from meristem.evaluation.service import Evaluator
+from meristem.release import criteria as criteria_room
+from meristem.release import gates
+from meristem.store.store import Store
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What is judged: candidate, champion with its revision, and the criteria."""
+
+    version: VersionEntry
+    champion: VersionEntry
+    revision: int
+    criteria: list[Criterion]
+    suites: dict[str, str]
+    plan: Entry | None
+
+
+def propose(
+    store: Store,
+    actor: str,
+    settings: ModelSettings,
+    evaluator: Evaluator,
+    version: VersionEntry,
+    plan: Entry | None,
+) -> Entry:
+    """Judge ``version`` against the present champion of its model and record the decision.
+
+    With a plan, its criteria and suites are used exactly as they were fixed before training. Judging the same
+    version against the same champion under the same policy again gives the same decision.
+    """
+    case = _case(store, settings, version, plan)
+    results, evaluations = _judge_all(evaluator, case)
+    decision = Decision(
+        model=version.model,
+        version=version.digest,
+        champion=case.champion.digest,
+        champion_revision=case.revision,
+        plan=plan.digest if plan else None,
+        policy="",
+        evaluations=evaluations,
+        gates=results,
+        outcome=overall(results),
+        approvals_needed=settings.approvals,
+    )
+    with store.transaction(actor, f"{version.label} judged against {case.champion.label}") as tx:
+        decision = decision.model_copy(update={"policy": tx.add_document(settings.policy())})
+        for entry in ledger.entries(tx.connection, "decision", model=version.model):
+            if entry.digest == decision.digest:
+                return entry
+        return ledger.open_record(tx, "decision", decision, version.model, status=decision.outcome)
+
+
+def overall(results: list[GateResult]) -> Outcome:
+    """Pass only if every gate passed; no gate at all is no evidence, and absent evidence never passes."""
+    outcomes = {result.outcome for result in results}
+    if "fail" in outcomes:
+        return "fail"
+    return "pass" if outcomes == {"pass"} else "inconclusive"
+
+
+def approve(store: Store, actor: str, decision: Entry, reason: str) -> Entry:
+    """Record ``actor``'s approval; the same actor twice counts once. Only a passed decision can be approved."""
+    record = decision.as_(Decision)
+    if record.outcome != "pass":
+        raise BadInput(f"{decision.id} is {record.outcome}; only a passed decision can be approved")
+    approval = Approval(decision=decision.digest, actor=actor, reason=reason)
+    with store.transaction(actor, reason or f"approved {decision.id}") as tx:
+        for entry in ledger.entries(tx.connection, "approval", model=record.model):
+            if entry.as_(Approval).decision == decision.digest and entry.as_(Approval).actor == actor:
+                return entry
+        return ledger.open_record(tx, "approval", approval, record.model, status="given")
+
+
+def approvers(connection: Connection, decision: Entry) -> tuple[str, ...]:
+    """Who approved a decision, each once."""
+    given = [entry.as_(Approval) for entry in ledger.entries(connection, "approval", model=decision.model)]
+    return tuple(dict.fromkeys(a.actor for a in given if a.decision == decision.digest))
+
+
+def _case(store: Store, settings: ModelSettings, version: VersionEntry, plan: Entry | None) -> _Case:
+    with store.database.read() as connection:
+        champion = aliases.champion(connection, version.model)
+        if champion.version == version.digest:
+            raise BadInput(f"{version.label} is the champion already; there is nothing to decide")
+        if plan is not None:
+            fixed = plan.as_(Plan)
+            criteria, suites = list(fixed.criteria), dict(fixed.suites)
+        else:
+            criteria = criteria_room.for_version(connection, settings, version)
+            suites = {entry.name: entry.digest for entry in criteria_room.newest_suites(connection)}
+        if not criteria:
+            raise BadInput(
+                f"no gate of model {version.model} applies to any suite, and absent evidence never passes: "
+                "add suites for its tasks (`meristem suite add`) or name suites in meristem.yaml"
+            )
+        entry = versions.by_digest(connection, champion.version)
+    return _Case(version, entry, champion.revision, criteria, suites, plan)
+
+
+def _judge_all(evaluator: Evaluator, case: _Case) -> tuple[list[GateResult], list[str]]:
+    results, used = [], []
+    names = list(dict.fromkeys(criterion.suite for criterion in case.criteria))
+    evaluated = {}
+    # One model in memory at a time: all suites of the champion first, then all of the candidate.
+    for version in (case.champion, case.version):
+        for name in names:
+            evaluated[version.digest, name] = evaluator.evaluate(version, _suite(evaluator.store, case, name))
+    for name in names:
+        old, new = evaluated[case.champion.digest, name], evaluated[case.version.digest, name]
+        comparison = evaluator.compare(old, new)
+        used += [old.digest, new.digest]
+        for criterion in (c for c in case.criteria if c.suite == name):
+            results.append(gates.judge(criterion.gate, criterion.arguments, name, comparison))
+    return results, list(dict.fromkeys(used))
+
+
+def _suite(store: Store, case: _Case, name: str) -> assets.AssetEntry:
+    with store.database.read() as connection:
+        return assets.resolve(connection, "suite", case.suites[name])

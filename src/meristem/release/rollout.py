@@ -1,0 +1,114 @@
+"""Promotion and rollback: evidence, record and pointer in one transaction, or none of them."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection
+
+from meristem.ecosystem import aliases, ledger, versions
+from meristem.ecosystem.ledger import Entry
+from meristem.ecosystem.records import Decision, Release
+from meristem.ecosystem.versions import VersionEntry
+from meristem.errors import BadInput, GateFailed, Inconclusive, Tampered
+from meristem.release.decisions import approvers
+from meristem.store.store import Store, locate
+
+
+def promote(store: Store, actor: str, decision: Entry, reason: str = "") -> Entry:
+    """Make the decided version the champion.
+
+    Raises ``GateFailed`` or ``Inconclusive`` when the decision did not pass, ``BadInput`` when approvals are
+    missing, ``StateMoved`` when the champion is no longer the one it was judged against. Promoting the same
+    decision twice releases once.
+    """
+    record = decision.as_(Decision)
+    if record.outcome == "fail":
+        raise GateFailed(f"{decision.id} failed its gates; `meristem release explain {decision.id}` says why")
+    if record.outcome == "inconclusive":
+        raise Inconclusive(
+            f"{decision.id} is inconclusive; `meristem release explain {decision.id}` says what is missing"
+        )
+    with store.transaction(actor, reason or f"{decision.id} passed") as tx:
+        champion = aliases.champion(tx.connection, record.model)
+        for entry in ledger.entries(tx.connection, "release", model=record.model):
+            done = entry.as_(Release)
+            if done.decision == decision.digest and done.revision == champion.revision:
+                return entry
+        _check_approvals(tx.connection, decision)
+        version = versions.by_digest(tx.connection, record.version)
+        check_bytes(store, tx.connection, version)
+        moved = aliases.move(tx, record.model, aliases.CHAMPION, record.version, record.champion_revision)
+        release = Release(
+            model=record.model,
+            kind="promote",
+            version=record.version,
+            previous=record.champion,
+            revision=moved.revision,
+            decision=decision.digest,
+            reason=reason,
+        )
+        return ledger.open_record(tx, "release", release, record.model, status="done")
+
+
+def rollback(store: Store, actor: str, model: str, to: VersionEntry | None = None, reason: str = "") -> Entry:
+    """Point the champion back at a version that was champion before (by default the one before this).
+
+    The version's bytes are checked first; nothing is recomputed, unmerged or fetched.
+    """
+    with store.transaction(actor, reason or f"rollback of {model}") as tx:
+        champion = aliases.champion(tx.connection, model)
+        moves = aliases.history(tx.connection, model, aliases.CHAMPION)
+        target = to.digest if to else _before(tx.connection, model, champion.version)
+        if target == champion.version:
+            raise BadInput(
+                f"{to.label if to else model} is the champion already; there is nothing to roll back"
+            )
+        if target not in {move.version for move in moves}:
+            raise BadInput(
+                f"{to.label if to else target} was never the champion of {model}; promote it with a decision"
+            )
+        check_bytes(store, tx.connection, versions.by_digest(tx.connection, target))
+        moved = aliases.move(tx, model, aliases.CHAMPION, target, champion.revision)
+        release = Release(
+            model=model,
+            kind="rollback",
+            version=target,
+            previous=champion.version,
+            revision=moved.revision,
+            decision=None,
+            reason=reason,
+        )
+        return ledger.open_record(tx, "release", release, model, status="done")
+
+
+def check_bytes(store: Store, connection: Connection, version: VersionEntry) -> None:
+    """Raises ``Tampered`` unless every tensor and file of the version (its base's included) is intact."""
+    digest: str | None = version.content
+    while digest:
+        content = versions.content_of(connection, digest)
+        named = {*content.tensors.values(), *content.files.values()}
+        found = locate(connection, named)
+        for blob in named:
+            if blob not in found or not store.packs.intact(found[blob]):
+                raise Tampered(
+                    f"{version.label}: blob {blob} is missing or altered; `meristem log verify` lists all"
+                )
+        digest = content.base
+
+
+def _before(connection: Connection, model: str, champion: str) -> str:
+    """The champion that the latest promotion of the present one replaced."""
+    for entry in reversed(ledger.entries(connection, "release", model=model)):
+        release = entry.as_(Release)
+        if release.kind == "promote" and release.version == champion:
+            return release.previous
+    raise BadInput(f"model {model} has no earlier champion to roll back to")
+
+
+def _check_approvals(connection: Connection, decision: Entry) -> None:
+    record = decision.as_(Decision)
+    actors = approvers(connection, decision)
+    if len(actors) < record.approvals_needed:
+        raise BadInput(
+            f"{decision.id} needs {record.approvals_needed} approvals and has {len(actors)}; "
+            f"ask for `meristem release approve {decision.id}`"
+        )

@@ -1,0 +1,59 @@
+"""Sample and task ids that travel with a batch.
+
+They ride as UTF-8 bytes in one uint8 tensor per column, ``(batch, longest)`` padded with zeros: tensors survive
+pinning, device moves, slicing and broadcasting by accelerate, which strings do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEY = "meristem_tags"
+COLUMNS = ("id", "task")
+
+
+class TaggingCollator:
+    """Strips ``id`` and ``task`` before the inner collator and adds them back as tensors under ``KEY``.
+
+    A collator that returns no mapping (GRPO's gives the rows themselves) gets the rows as they are.
+    """
+
+    def __init__(self, inner: Callable[[list[Any]], Any]):
+        self.inner = inner
+
+    def __call__(self, features: list[Any]) -> Any:
+        if not all(isinstance(row, dict) for row in features):
+            return self.inner(features)
+        stripped = [{k: v for k, v in row.items() if k not in COLUMNS} for row in features]
+        batch = self.inner(stripped)
+        if not isinstance(batch, MutableMapping):
+            return self.inner(features)
+        tags = {name: encode([str(row[name]) for row in features]) for name in COLUMNS if name in features[0]}
+        if tags:
+            batch[KEY] = tags
+        return batch
+
+
+def pop(batch: Any) -> dict[str, list[str]]:
+    """Takes the tags out of a batch: ``{"id": [...], "task": [...]}``, empty lists where there are none."""
+    if isinstance(batch, MutableMapping):
+        found = batch.pop(KEY, {})
+        return {name: decode(found[name]) if name in found else [] for name in COLUMNS}
+    if isinstance(batch, list):
+        rows = [row for row in batch if isinstance(row, dict)]
+        return {name: [str(row[name]) for row in rows if name in row] for name in COLUMNS}
+    return {name: [] for name in COLUMNS}
+
+
+def encode(words: list[str]) -> Tensor:
+    raw = [word.encode() for word in words]
+    width = max((len(word) for word in raw), default=0)
+    return torch.tensor([list(word.ljust(width, b"\0")) for word in raw], dtype=torch.uint8)
+
+
+def decode(packed: Tensor) -> list[str]:
+    return [bytes(row).rstrip(b"\0").decode() for row in packed.cpu().numpy()]

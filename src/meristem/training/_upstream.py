@@ -1,0 +1,178 @@
+"""Every private or unstable name of transformers, TRL, PEFT and accelerate that Meristem touches.
+
+Checked against transformers 5.23, TRL 1.16, PEFT 0.21, accelerate 1.15. When an upgrade breaks the seam, the
+cause is in this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from meristem.errors import Clash
+
+_STAGES: dict[str, frozenset[str]] = {
+    "SFTTrainer": frozenset({"cpt", "cit"}),
+    "DPOTrainer": frozenset({"ca"}),
+    "KTOTrainer": frozenset({"ca"}),
+    "CPOTrainer": frozenset({"ca"}),
+    "ORPOTrainer": frozenset({"ca"}),
+    "RewardTrainer": frozenset({"ca"}),
+    "GRPOTrainer": frozenset({"rl"}),
+    "RLOOTrainer": frozenset({"rl"}),
+}
+_GENERATING = frozenset(
+    {"GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "GKDTrainer", "SDFTTrainer", "DistillationTrainer"}
+)
+
+
+class PrivateHooks:
+    """The private methods of ``Trainer`` that the seam extends; stands before the trainer in the MRO."""
+
+    args: Any
+    state: Any
+    accelerator: Any
+    _signature_columns: list[str] | None
+
+    def checkpoint_written(self, folder: Path) -> None:
+        """Called on every process when Hugging Face has written ``folder``, before old ones are deleted."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        columns = list(self._signature_columns or [])
+        self._signature_columns = columns + [name for name in ("id", "task") if name not in columns]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Hugging Face deletes old checkpoints inside this call. Killed right after that, a run with
+        # save_total_limit=1 would be left with the new folder only, before our COMPLETE is in it.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            self.args.save_total_limit = limit
+        folder = Path(self._get_output_dir(trial=trial))  # type: ignore[attr-defined]
+        self.checkpoint_written(folder / f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            _rotate(self, folder)
+
+
+def _rotate(trainer: Any, folder: Path) -> None:
+    try:
+        from transformers.trainer_utils import rotate_checkpoints
+    except ImportError:
+        trainer._rotate_checkpoints(use_mtime=True, output_dir=str(folder))
+        return
+    rotate_checkpoints(
+        output_dir=str(folder),
+        save_total_limit=trainer.args.save_total_limit,
+        best_model_checkpoint=trainer.state.best_model_checkpoint,
+        use_mtime=True,
+    )
+
+
+def stages_of(trainer_class: type) -> frozenset[str] | None:
+    """The stages a trainer serves, by the names in its MRO; None for one we do not know."""
+    for base in trainer_class.__mro__:
+        if base.__name__ in _STAGES:
+            return _STAGES[base.__name__]
+    return None
+
+
+def generates_inputs(trainer_class: type) -> bool:
+    """Whether the trainer samples its own completions, so that a batch cannot be run twice."""
+    return any(base.__name__ in _GENERATING for base in trainer_class.__mro__)
+
+
+def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
+    """Whether ``compute_loss`` already divides for gradient accumulation (else ``training_step`` does)."""
+    declared = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if declared is not None:
+        return bool(declared)
+    counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return bool(counted or trainer.compute_loss_func is not None)
+
+
+def accumulation_steps(trainer: Any) -> int:
+    """Micro-batches of the optimizer step under way; the last step of an epoch may have fewer."""
+    return int(
+        getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
+    )
+
+
+def tokenized(trainer: Any, rows: Sequence[dict[str, Any]]) -> Dataset:
+    """``rows`` as the trainer itself tokenizes them, unpacked; rows with ``input_ids`` pass through."""
+    data = Dataset.from_list([dict(row) for row in rows])
+    if "input_ids" in data.column_names:
+        return data
+    if not any(base.__name__ == "SFTTrainer" for base in type(trainer).__mro__):
+        raise Clash(
+            f"{type(trainer).__name__} cannot turn raw rows into likelihood batches: use SFTTrainer or rows "
+            "with input_ids and labels"
+        )
+    shuffle, trainer.args.shuffle_dataset = getattr(trainer.args, "shuffle_dataset", False), False
+    try:
+        formatting = getattr(trainer, "_formatting_func", None)
+        return trainer._prepare_dataset(
+            data, trainer.processing_class, trainer.args, False, formatting, "method"
+        )
+    finally:
+        trainer.args.shuffle_dataset = shuffle
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The transformer under the language-model head, through PEFT."""
+    inner = causal_model(model)
+    return getattr(inner, "base_model", inner)
+
+
+def causal_model(model: nn.Module) -> nn.Module:
+    """The Hugging Face model under a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
+    """The same model without its PEFT adapter."""
+    if not hasattr(model, "disable_adapter"):
+        raise Clash("a method asks for a reference model: train an adapter, or pass reference_model=")
+    with model.disable_adapter():
+        yield model
+
+
+@contextmanager
+def labelled_positions_only(device: torch.device) -> Iterator[None]:
+    """Let TRL's fused LM head skip masked positions on the CPU too.
+
+    Without Triton it projects every position to the vocabulary, to keep tensor shapes constant for compilers;
+    on a CPU that is most of the step when the loss is on short completions (SmolLM2-135M, 66 tokens a row, 4 of
+    them labelled: 1.76 s a step before, 0.81 s with this; benchmarks/README.md). The values are the same.
+    """
+    import trl.trainer.utils as fused
+
+    original = getattr(fused, "_use_triton", None)
+    if device.type != "cpu" or original is None:
+        yield
+        return
+    fused._use_triton = lambda _: True
+    try:
+        yield
+    finally:
+        fused._use_triton = original
+
+
+def unusual_gradients(accelerator: Any) -> str | None:
+    """Why ``param.grad`` does not hold plain gradients in this run, or None."""
+    if getattr(accelerator, "scaler", None) is not None:
+        return "fp16 gradient scaling (use bf16)"
+    if str(getattr(accelerator, "distributed_type", "")).endswith("DEEPSPEED"):
+        return "DeepSpeed (use FSDP2 or DDP)"
+    plugin = getattr(getattr(accelerator, "state", None), "fsdp_plugin", None)
+    if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1:
+        return "FSDP1, whose parameters are flattened (use FSDP2)"
+    return None

@@ -1,0 +1,398 @@
+"""The one seam between continual-learning methods and Hugging Face trainers.
+
+::
+
+    Trainer = continual(SFTTrainer, methods=[ExperienceReplay(), EWC()])
+    trainer = Trainer(model, args=args, train_dataset=rows, processing_class=tokenizer, task="returns")
+    trainer.train()
+    state = trainer.method_state()      # give it to the next update as method_state=
+
+Order within one optimizer step: each micro-batch runs ``around(forward + loss terms + backward)`` and its loss is
+checked; after the last one come penalties with their own backward, gradient hooks, clipping (Hugging Face),
+the optimizer, ``weights``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerCallback
+
+from meristem.errors import BadInput, Clash, NonFiniteLoss
+from meristem.methods.base import Context, Method, MethodState, Row, Step, trainable
+from meristem.training import _checkpoint, _tags, _upstream
+from meristem.training._checkpoint import newest_complete_checkpoint
+
+__all__ = ["ContinualTrainer", "continual", "newest_complete_checkpoint"]
+
+
+def continual(trainer_cls: type, methods: Sequence[Method], stage: str | None = None) -> type:
+    """A subclass of ``trainer_cls`` that trains with ``methods``.
+
+    Its constructor takes all that ``trainer_cls`` takes, and by keyword ``task`` (name of the present task),
+    ``method_state`` (what ``method_state()`` of the previous update gave), ``history`` (earlier task -> raw
+    rows), ``reference_model`` and ``progress`` (``(label, total) -> advance``). ``stage`` says which stage a
+    trainer serves that Meristem does not know; without it the stages of such a trainer are not checked.
+    Methods that cannot work together or with this trainer are refused by name (``Clash``).
+    """
+    attached = list(methods)
+    _refuse_clashes(trainer_cls, attached, stage)
+    namespace = {"methods": attached, "__module__": trainer_cls.__module__, "__doc__": trainer_cls.__doc__}
+    return type(f"Continual{trainer_cls.__name__}", (ContinualTrainer, trainer_cls), namespace)
+
+
+class ContinualTrainer(_upstream.PrivateHooks):
+    """What ``continual`` puts before a trainer class. ``interrupted``: set it True to keep ``finish`` from running."""
+
+    methods: Sequence[Method] = ()
+    interrupted = False
+    model: Any
+    processing_class: Any
+    data_collator: Any
+    optimizer: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        task: str | None = None,
+        method_state: Mapping[str, MethodState] | None = None,
+        history: Mapping[str, Sequence[Row]] | None = None,
+        reference_model: Any = None,
+        progress: Callable[[str, int], Callable[[int], None]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        parent = super().__init__
+        given = inspect.signature(parent).bind_partial(*args, **kwargs)
+        options = given.arguments.get("args")
+        _refuse_packing(self.methods, options)
+        for method in self.methods:
+            if method_state and method.label in method_state:
+                method.load_state_dict(method_state[method.label])
+        self.reference_model = reference_model
+        self._noted: dict[str, list[Tensor]] = defaultdict(list)
+        self._tags: dict[str, list[str]] = {name: [] for name in _tags.COLUMNS}
+        self._hidden: Tensor | None = None
+        self.context = Context(
+            task=task or "task",
+            seed=getattr(options, "seed", 0),
+            tokenizer=given.arguments.get("processing_class"),
+            history={name: list(_with_ids(rows, name)) for name, rows in (history or {}).items()},
+            reporter=progress,
+        )
+        self._prepare_rows(given.arguments)
+        parent(*given.args, **given.kwargs)
+        self._attach()
+
+    # ---- construction --------------------------------------------------------------------------------------
+
+    def _prepare_rows(self, arguments: dict[str, Any]) -> None:
+        """ids and tasks onto the rows, then each method's ``prepare_data`` in order."""
+        given = arguments.get("train_dataset")
+        if isinstance(given, Dataset | list | tuple):
+            data = _with_ids(given, self.context.task)
+            rows: Sequence[Row] = data
+            self.context.rows = data
+            for method in self.methods:
+                if method.overrides("prepare_data"):
+                    rows = method.prepare_data(rows, self.context)
+            arguments["train_dataset"] = data if rows is data else _dataset(rows)
+        elif given is not None and any(m.overrides("prepare_data") for m in self.methods):
+            names = ", ".join(m.label for m in self.methods if m.overrides("prepare_data"))
+            raise Clash(f"{names} needs the rows at hand: pass a datasets.Dataset or a list, not a stream")
+        if isinstance(arguments.get("eval_dataset"), list):
+            arguments["eval_dataset"] = _dataset(arguments["eval_dataset"])
+
+    def _attach(self) -> None:
+        """The model exists, the optimizer does not: collator, callback, forward hook, ``prepare_model``."""
+        _refuse_gradients(self.methods, self.accelerator)
+        self.data_collator = _tags.TaggingCollator(self.data_collator)
+        if any(m.overrides("weights") for m in self.methods):
+            self.add_callback(_WeightsCallback(self))  # type: ignore[attr-defined]
+        context = self.context
+        context.tokenizer = self.processing_class
+        context.model = self.model
+        context.batcher, context.loss_of = self._batches, self._nll
+        for method in self.methods:
+            method.prepare_model(self.model, context)
+        if any(m.overrides("loss") for m in self.methods):
+            _upstream.backbone(self.model).register_forward_hook(self._catch_hidden)
+
+    def _catch_hidden(self, module: Any, inputs: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            self._hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+
+    def _batches(self, rows: Sequence[Row], batch_size: int) -> Iterator[dict[str, Any]]:
+        """Collated batches of raw rows on the model's device; rows whose labels are all masked are left out."""
+        if not len(rows):
+            return
+        device = next(self.model.parameters()).device
+        ready = [
+            row for row in _upstream.tokenized(self, rows) if any(label != -100 for label in _labels(row))
+        ]
+        keep = {"input_ids", "labels", "attention_mask", *_tags.COLUMNS}
+        for start in range(0, len(ready), batch_size):
+            chunk = [{k: v for k, v in row.items() if k in keep} for row in ready[start : start + batch_size]]
+            batch = self.data_collator(chunk)
+            _tags.pop(batch)
+            yield send_to_device(dict(batch), device)
+
+    def _nll(self, batch: Mapping[str, Any], model: Any = None) -> Tensor:
+        """Mean negative log-likelihood over the tokens of ``batch`` whose label is not -100.
+
+        logits (batch, length, vocabulary) in fp32, shifted by one against the labels (batch, length).
+        """
+        inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
+        with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+            logits = (model if model is not None else self.model)(**inputs, use_cache=False).logits
+        labels = batch["labels"][:, 1:].reshape(-1)
+        flat = logits[:, :-1].reshape(-1, logits.shape[-1])
+        kept = labels != -100
+        return torch.nn.functional.cross_entropy(flat[kept].float(), labels[kept])
+
+    # ---- training ------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> Any:
+        """As the trainer's, and ``finish`` of every method once training has run to its end.
+
+        ``resume_from_checkpoint``: a folder, or True for the newest complete one; method state comes back from
+        it, and a folder that is not complete is refused.
+        """
+        self.interrupted = False
+        folder = self._resumed(resume_from_checkpoint)
+        result = super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)  # type: ignore[misc]
+        if not self.interrupted:
+            for method in self.methods:
+                method.finish(self.context)
+        return result
+
+    def _resumed(self, wanted: str | Path | bool | None) -> Path | None:
+        if wanted is None or wanted is False:
+            return None
+        folder = newest_complete_checkpoint(self.args.output_dir) if wanted is True else Path(wanted)
+        if folder is None:
+            raise BadInput(
+                f"{self.args.output_dir}: no complete checkpoint to resume from; train from the start"
+            )
+        states = _checkpoint.read(folder)
+        if sorted(states) != sorted(m.label for m in self.methods):
+            raise BadInput(f"{folder}: written with methods {sorted(states)}; resume with the same ones")
+        for method in self.methods:
+            method.load_state_dict(states[method.label])
+        return folder
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch; at the last one of an optimizer step also penalties and gradient hooks."""
+        self._tags = _tags.pop(inputs)
+
+        def run() -> Tensor:
+            return super(ContinualTrainer, self).training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+
+        arounds = [m for m in self.methods if m.overrides("around")]
+        loss: Tensor = self._around(arounds, run) if arounds else run()
+        self._refuse_non_finite(loss)
+        if self.accelerator.sync_gradients:
+            params = self.parameters()
+            self._penalize(params)
+            for method in self.methods:
+                if method.overrides("gradients"):
+                    method.gradients(params)
+        return loss
+
+    def _around(self, arounds: list[Method], run: Callable[[], Tensor]) -> Tensor:
+        """``around`` of each method, the first outermost, with ``.grad`` empty inside."""
+        params = self.parameters().values()
+        earlier = [(p, p.grad) for p in params]
+        for parameter, _ in earlier:
+            parameter.grad = None
+        for method in reversed(arounds):
+            run = partial(method.around, run)
+        loss = run()
+        for parameter, grad in earlier:
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        return loss
+
+    def _penalize(self, params: Mapping[str, Tensor]) -> None:
+        """Adds the gradient of every penalty, once per optimizer step, whatever the accumulation."""
+        for method in self.methods:
+            if not method.overrides("penalty"):
+                continue
+            value = method.penalty(params)
+            if value is None:
+                continue
+            self._refuse_non_finite(value)
+            self._noted[f"{method.label}/penalty"].append(value.detach())
+            if value.requires_grad:
+                _add_gradient(value, list(params.values()))
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's loss, and while training each method's term as a mean over micro-batches."""
+        if isinstance(inputs, Mapping) and _tags.KEY in inputs:
+            _tags.pop(inputs)
+        self._hidden = None
+        given = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        with _upstream.labelled_positions_only(self.args.device):
+            result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        adding = [m for m in self.methods if m.overrides("loss")]
+        if not adding or not model.training or not torch.is_grad_enabled():
+            return result
+        counted = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
+        extra = self._extra_loss(adding, model, given)
+        if _upstream.loss_is_scaled(self, counted):
+            extra = extra / _upstream.accumulation_steps(self)
+        return (result[0] + extra, *result[1:]) if isinstance(result, tuple) else result + extra
+
+    def _extra_loss(self, adding: list[Method], model: Any, inputs: Any) -> Tensor:
+        step = Step(
+            model=model,
+            inputs=inputs,
+            tasks=self._tags["task"],
+            ids=self._tags["id"],
+            loss_of=partial(self._nll, model=model),
+            reference=self._reference,
+            hidden=self._hidden,
+        )
+        total = torch.zeros((), device=self.args.device)
+        for method in adding:
+            value = method.loss(step)
+            if value is not None:
+                self._noted[f"{method.label}/loss"].append(value.detach())
+                total = total + value
+        return total
+
+    def _reference(self) -> AbstractContextManager[Any]:
+        if self.reference_model is not None:
+            return nullcontext(self.reference_model)
+        return _upstream.adapter_off(self.accelerator.unwrap_model(self.model))
+
+    def _refuse_non_finite(self, value: Tensor) -> None:
+        number = float(value.detach())
+        if not math.isfinite(number):
+            raise NonFiniteLoss(number, self.state.global_step, self._tags["id"])
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        _tags.pop(inputs)
+        return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            for name, values in self._noted.items():
+                logs[name] = float(torch.stack([v.float().cpu() for v in values]).mean())
+            self._noted.clear()
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    # ---- state ---------------------------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, Any]:
+        """Trainable parameters by stable name, as the methods see them."""
+        return trainable(self.accelerator.unwrap_model(self.model))
+
+    def method_state(self) -> dict[str, MethodState]:
+        """What each method remembers, by its name; pass it to the next update as ``method_state=``."""
+        return {method.label: method.state_dict() for method in self.methods}
+
+    def checkpoint_written(self, folder: Path) -> None:
+        self.accelerator.wait_for_everyone()  # the other ranks write their own files into the folder
+        if self.args.should_save:
+            _checkpoint.write(folder, self.method_state(), self.state.global_step)
+        self.accelerator.wait_for_everyone()
+
+
+class _WeightsCallback(TrainerCallback):
+    """Calls ``weights`` right after the optimizer step, with a copy from before it only if declared."""
+
+    def __init__(self, trainer: ContinualTrainer):
+        self.trainer = trainer
+        self.active = [m for m in trainer.methods if m.overrides("weights")]
+        self.before: dict[str, Tensor] | None = None
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        if any(m.needs_before for m in self.active):
+            self.before = {name: p.detach().clone() for name, p in self.trainer.parameters().items()}
+
+    @torch.no_grad()
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        params = self.trainer.parameters()
+        for method in self.active:
+            method.weights(params, self.before if method.needs_before else None)
+        self.before = None
+
+
+def _add_gradient(value: Tensor, params: list[Tensor]) -> None:
+    """``param.grad += d value / d param``; not ``backward()``, so that DDP's reducer hooks stay out of it."""
+    live = [p for p in params if p.requires_grad]
+    for parameter, grad in zip(live, torch.autograd.grad(value, live, allow_unused=True), strict=True):
+        if grad is not None:
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+
+
+def _with_ids(given: Any, task: str) -> Dataset:
+    """A data set whose rows all have a text ``id`` ("row-<n>" where missing) and ``task``."""
+    data = given if isinstance(given, Dataset) else _dataset(given)
+    for name, default in (("id", "row-{n}"), ("task", task.replace("{", "{{").replace("}", "}}"))):
+        old = data[name] if name in data.column_names else [None] * len(data)
+        new = [str(value) if value is not None else default.format(n=n) for n, value in enumerate(old)]
+        if name in data.column_names:
+            data = data.remove_columns(name)
+        data = data.add_column(name, new)
+    return data
+
+
+def _dataset(rows: Sequence[Row]) -> Dataset:
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return Dataset.from_list([{key: row.get(key) for key in keys} for row in rows])
+
+
+def _labels(row: Row) -> list[int]:
+    return list(row.get("labels") or row["input_ids"])[1:]
+
+
+def _refuse_clashes(trainer_cls: type, methods: Sequence[Method], stage: str | None) -> None:
+    seen: set[str] = set()
+    for method in methods:
+        if not isinstance(method, Method):
+            raise BadInput(f"{method!r} is not a Method: build one by name with meristem.methods.build")
+        if method.label in seen:
+            raise Clash(f"method {method.label} is given twice: keep one")
+        seen.add(method.label)
+    builders = [m.label for m in methods if m.replaces_architecture]
+    if len(builders) > 1:
+        raise Clash(f"methods {' and '.join(builders)} both replace the architecture: keep one")
+    stages = frozenset({stage}) if stage else _upstream.stages_of(trainer_cls)
+    for method in methods:
+        if stages is not None and not stages & method.stages:
+            raise Clash(
+                f"method {method.label} works in stages {', '.join(sorted(method.stages))}, "
+                f"not in {', '.join(sorted(stages))} ({trainer_cls.__name__})"
+            )
+        if method.overrides("around") and _upstream.generates_inputs(trainer_cls):
+            raise Clash(
+                f"method {method.label} runs a batch twice, and {trainer_cls.__name__} generates its batches"
+            )
+
+
+def _refuse_packing(methods: Sequence[Method], options: Any) -> None:
+    for method in methods:
+        if method.columns and getattr(options, "packing", False):
+            needs = " and ".join(sorted(method.columns))
+            raise Clash(
+                f"method {method.label} needs the {needs} of each row, which packing drops: packing=False"
+            )
+
+
+def _refuse_gradients(methods: Sequence[Method], accelerator: Any) -> None:
+    reason = _upstream.unusual_gradients(accelerator)
+    for method in methods:
+        if reason and (method.overrides("penalty") or method.overrides("gradients")):
+            raise Clash(f"method {method.label} works on plain gradients, this run has {reason}")

@@ -1,0 +1,259 @@
+"""Updates: from a manifest to a committed version, resumable at every instant.
+
+An update is opened in the store with everything that decides its result. Training writes checkpoints under
+``runs/update-N``; whoever runs the same update again continues from the newest complete one and gets the same
+weights. The version appears in one transaction at the end, or not at all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection
+
+from meristem._quiet import quiet_libraries
+from meristem.config import Recipe
+from meristem.data.datasets import by_task, load_rows
+from meristem.ecosystem import aliases, assets, checkouts, ledger, versions
+from meristem.ecosystem.folders import ingest
+from meristem.ecosystem.ledger import Entry
+from meristem.ecosystem.records import Asset, Update, UpdateOutcome, Version
+from meristem.ecosystem.versions import VersionEntry
+from meristem.errors import BadInput, Interrupted, StateMoved
+from meristem.store.canonical import digest_document
+from meristem.store.packs import disk_failure
+from meristem.store.store import Store, read_document
+from meristem.training import method_states
+from meristem.training.interrupts import Interruption
+
+Progress = Callable[[str, int, int, str], None]  # what, done, total, note
+
+_CODE = ("meristem", "torch", "transformers", "trl", "peft", "accelerate")
+
+
+@dataclass(frozen=True)
+class Trained:
+    adapter: Path
+    states: dict[str, Any]
+    steps: int
+    tokens: int
+    seconds: float
+    curve: list[dict[str, float]]
+
+
+def open_update(
+    store: Store, actor: str, *, parent: VersionEntry, data: list[str], recipe: Recipe, plan: str | None
+) -> Entry:
+    """The update with exactly these inputs, finished or not, or a new one. Nothing is trained yet."""
+    update = Update(
+        model=parent.model,
+        parent=parent.digest,
+        data=data,
+        recipe=digest_document(recipe.document()),
+        method_state=parent.record.assets.get("method-state"),
+        plan=plan,
+        code=code_versions(),
+    )
+    with store.transaction(
+        actor, f"update {parent.label} with {', '.join(recipe_methods(recipe)) or 'no method'}"
+    ) as tx:
+        for entry in ledger.entries(tx.connection, "update", model=parent.model):
+            if entry.digest == update.digest:
+                return entry
+        assets.add(tx, Asset(kind="recipe", name=parent.model, files={}, facts=recipe.document()))
+        tx.add_document(recipe.document())
+        return ledger.open_record(tx, "update", update, parent.model)
+
+
+def run(store: Store, actor: str, entry: Entry, progress: Progress | None = None) -> VersionEntry:
+    """Train (or go on training) ``entry`` and commit its version.
+
+    Raises ``StateMoved`` while another process runs it, ``Interrupted`` after Ctrl-C with a checkpoint kept,
+    ``NonFiniteLoss`` when the loss is NaN; in each case the same call continues later.
+    """
+    with _locked(store, entry) as folder:
+        with store.database.read() as connection:
+            entry = ledger.find(connection, entry.id)
+            if entry.status == "done" and entry.result:
+                outcome = UpdateOutcome.from_document(read_document(connection, entry.result))
+                return versions.by_digest(connection, outcome.version)
+        try:
+            trained = _train(store, entry.as_(Update), folder, progress)
+        except BaseException as error:
+            _note_stop(store, actor, entry, error)
+            raise
+        created = _commit(store, actor, entry, trained)
+        shutil.rmtree(folder, ignore_errors=True)
+        return created
+
+
+def _train(store: Store, update: Update, folder: Path, progress: Progress | None) -> Trained:
+    from meristem.training import cit
+    from meristem.training.continual import newest_complete_checkpoint
+    from meristem.training.reporting import ProgressCallback
+
+    recipe, rows, history, state = _inputs(store, update)
+    with store.database.read() as connection:
+        parent = versions.by_digest(connection, update.parent)
+    here = checkouts.cached(store, parent.content)
+    started = time.monotonic()
+    with Interruption() as interruption, quiet_libraries():
+        callback = ProgressCallback(progress, interruption)
+        trainer = cit.build_trainer(
+            recipe,
+            folder=here.folder,
+            base_folder=here.base_folder,
+            rows=rows,
+            history=history,
+            method_state=state,
+            output=folder,
+            callbacks=[callback],
+        )
+        callback.on_interrupt = lambda: setattr(trainer, "interrupted", True)
+        trainer.train(resume_from_checkpoint=newest_complete_checkpoint(folder))
+        if interruption.requested:
+            raise Interrupted(
+                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
+                "a checkpoint is kept, the same command continues"
+            )
+    adapter = folder / "adapter"
+    try:
+        trainer.model.save_pretrained(str(adapter))
+    except OSError as error:
+        raise disk_failure(error, adapter) from error
+    return Trained(
+        adapter=adapter,
+        states={**(state or {}), **trainer.method_state()},
+        steps=trainer.state.global_step,
+        tokens=int(callback.tokens(trainer)),
+        seconds=time.monotonic() - started,
+        curve=callback.curve(trainer),
+    )
+
+
+def _inputs(store: Store, update: Update) -> tuple[Recipe, list[dict[str, Any]], dict[str, Any], Any]:
+    """Recipe, new rows, rows of earlier tasks, and the method state of the parent."""
+    recipe = Recipe.from_document(store.document(update.recipe))
+    rows = [row for digest in update.data for row in load_rows(store, _asset(store, digest).files)]
+    with store.database.read() as connection:
+        earlier = history_data(connection, versions.by_digest(connection, update.parent))
+    learned = set(by_task(rows))
+    history: dict[str, list[dict[str, Any]]] = {}
+    for digest in earlier:
+        if digest in update.data:
+            continue
+        for task, old in by_task(load_rows(store, _asset(store, digest).files)).items():
+            if task not in learned:
+                history.setdefault(task, []).extend(old)
+    state = method_states.decode(store, _asset(store, update.method_state)) if update.method_state else None
+    return recipe, rows, history, state
+
+
+def history_data(connection: Connection, version: VersionEntry) -> list[str]:
+    """Digests of the data sets that a version and its ancestors learned, oldest first."""
+    newest_first = [
+        d for ancestor in versions.ancestors(connection, version) for d in reversed(ancestor.record.data)
+    ]
+    return list(dict.fromkeys(reversed(newest_first)))
+
+
+def _asset(store: Store, digest: str) -> Asset:
+    return Asset.from_document(store.document(digest))
+
+
+def _commit(store: Store, actor: str, entry: Entry, trained: Trained) -> VersionEntry:
+    update = entry.as_(Update)
+    with store.database.read() as connection:
+        parent = versions.by_digest(connection, update.parent)
+        base = versions.content_of(connection, parent.content).base or parent.content
+    tasks = {t for digest in update.data for t in _asset(store, digest).facts["tasks"]}
+    with ingest(trained.adapter, base) as (content, blobs):
+        state, state_blobs = method_states.encode(update.model, trained.states)
+        locations = store.put([*blobs, *state_blobs])
+        record = Version(
+            model=update.model,
+            content=content.digest,
+            base=parent.record.base,
+            parents=[parent.digest],
+            recipe=update.recipe,
+            data=update.data,
+            tasks=sorted({*parent.record.tasks, *tasks}),
+            assets={"method-state": state.digest} if trained.states else {},
+            code=update.code,
+        )
+        with store.transaction(actor, f"{entry.id} trained {parent.label}") as tx:
+            tx.add_blobs(locations)
+            if trained.states:
+                assets.add(tx, state)
+            created = versions.create(tx, content, record)
+            outcome = UpdateOutcome(
+                update=entry.digest,
+                version=created.digest,
+                steps=trained.steps,
+                tokens=trained.tokens,
+                seconds=round(trained.seconds, 3),
+                curve=trained.curve,
+            )
+            ledger.set_status(tx, entry, "done", tx.add_document(outcome.document()))
+            challenger = aliases.read(tx.connection, update.model, aliases.CHALLENGER)
+            revision = challenger.revision if challenger else 0
+            aliases.move(tx, update.model, aliases.CHALLENGER, created.digest, revision)
+    return created
+
+
+def _note_stop(store: Store, actor: str, entry: Entry, error: BaseException) -> None:
+    status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+    if entry.status == status:
+        return
+    with store.transaction(actor, str(error) or type(error).__name__) as tx:
+        ledger.set_status(tx, entry, status)
+
+
+@contextmanager
+def _locked(store: Store, entry: Entry) -> Iterator[Path]:
+    """The run's folder, held by one process at a time; the lock dies with its process."""
+    folder = store.root / "runs" / entry.id
+    path = store.root / "runs" / f"{entry.id}.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise disk_failure(error, folder) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip()
+            raise StateMoved(
+                f"{entry.id} is being run by process {holder}; wait for it or stop it"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield folder
+
+
+def recipe_methods(recipe: Recipe) -> list[str]:
+    return [method.name for method in recipe.methods]
+
+
+def code_versions() -> dict[str, str]:
+    """Versions of everything that computes the result."""
+    found = {"python": platform.python_version()}
+    for name in _CODE:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            raise BadInput(f"{name} is not installed; pip install 'meristem[train]'") from None
+    return found

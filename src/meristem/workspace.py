@@ -1,0 +1,429 @@
+"""``Workspace``: the object that a user holds. Each verb calls one room of the house."""
+
+from __future__ import annotations
+
+import getpass
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from meristem import config as configuration
+from meristem.config import CONFIG_NAME, ModelSettings, Recipe, resolve_recipe
+from meristem.ecosystem import aliases, assets, audit, checkouts, ledger, models, versions
+from meristem.ecosystem.aliases import Alias
+from meristem.ecosystem.assets import AssetEntry
+from meristem.ecosystem.audit import Audit
+from meristem.ecosystem.ledger import Entry
+from meristem.ecosystem.records import Asset, Decision, GateResult, Model, Plan, Update, UpdateOutcome
+from meristem.ecosystem.versions import VersionEntry
+from meristem.errors import BadInput, EnvironmentFailure
+from meristem.store import evidence
+from meristem.store.evidence import Event
+from meristem.store.packs import disk_failure, write_file_durably
+from meristem.store.store import Store, read_document
+
+if TYPE_CHECKING:
+    from meristem.evaluation.comparison import Comparison
+    from meristem.evaluation.matrix import LineMatrix
+    from meristem.evaluation.results import ItemResult
+    from meristem.evaluation.service import EvaluationEntry, Evaluator
+    from meristem.loop import Turn
+
+STORE_FOLDER = ".meristem"
+Progress = Callable[[str, int, int, str], None]  # what, done, total, note
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """An update with the version that it produced (``None`` until it is done)."""
+
+    entry: Entry
+    record: Update
+    made: VersionEntry | None
+    outcome: UpdateOutcome | None
+
+    @property
+    def id(self) -> str:
+        return self.entry.id
+
+    @property
+    def version(self) -> VersionEntry:
+        if self.made is None:
+            raise BadInput(f"{self.id} is {self.entry.status} and has no version yet; resume it")
+        return self.made
+
+
+@dataclass(frozen=True)
+class DecisionResult:
+    """A decision as ``propose`` and ``explain`` give it."""
+
+    entry: Entry
+    record: Decision
+    approvals: tuple[str, ...]
+
+    @property
+    def id(self) -> str:
+        return self.entry.id
+
+    @property
+    def passed(self) -> bool:
+        return self.record.outcome == "pass"
+
+    @property
+    def outcome(self) -> str:
+        return self.record.outcome
+
+    @property
+    def gates(self) -> list[GateResult]:
+        return self.record.gates
+
+    @property
+    def approvals_missing(self) -> int:
+        return max(0, self.record.approvals_needed - len(self.approvals))
+
+
+class Workspace:
+    """A folder with ``meristem.yaml`` and a store. Open one with ``Workspace.open`` or ``Workspace.create``.
+
+    ``actor`` is recorded with everything this object changes (default: ``MERISTEM_ACTOR`` or the login name).
+    ``progress(what, done, total, note)`` is called during long work.
+    """
+
+    def __init__(self, root: Path, *, actor: str | None = None, progress: Progress | None = None):
+        self.root = Path(root)
+        self.actor = actor or os.environ.get("MERISTEM_ACTOR") or getpass.getuser()
+        self.progress = progress
+        self.config = configuration.load_config(self.root / CONFIG_NAME)
+        self.store = Store(self.root / STORE_FOLDER)
+        self._evaluator: Evaluator | None = None
+
+    @classmethod
+    def create(cls, root: str | Path, **options: Any) -> Workspace:
+        """Make a new workspace in ``root`` (made if missing). Raises ``BadInput`` if there is one already."""
+        root = Path(root)
+        if (root / CONFIG_NAME).exists() and (root / STORE_FOLDER / "meristem.db").exists():
+            raise BadInput(f"{root}: there is a workspace already; open it, or choose another folder")
+        try:
+            (root / STORE_FOLDER).mkdir(parents=True, exist_ok=True)
+            database = root / STORE_FOLDER / "meristem.db"
+            database.unlink(missing_ok=True)  # left by a `create` that was cut off: it holds nothing yet
+            Store(root / STORE_FOLDER).database.create()
+            if not (root / CONFIG_NAME).exists():
+                write_file_durably(root / CONFIG_NAME, configuration.TEMPLATE.encode())
+        except OSError as error:
+            raise disk_failure(error, root) from error
+        return cls.open(root, **options)
+
+    @classmethod
+    def open(cls, root: str | Path = ".", **options: Any) -> Workspace:
+        """Open the workspace in ``root``. Raises ``BadInput`` when there is none."""
+        root = Path(root)
+        if not (root / CONFIG_NAME).exists():
+            raise BadInput(f"{root}: no {CONFIG_NAME} here; make a workspace with `meristem init {root}`")
+        if not (root / STORE_FOLDER / "meristem.db").exists():
+            raise EnvironmentFailure(f"{root}: the store ({STORE_FOLDER}/meristem.db) is missing; restore it")
+        workspace = cls(root, **options)
+        workspace.store.database.check_schema()
+        return workspace
+
+    def close(self) -> None:
+        self.store.database.close()
+
+    def settings(self, model: str) -> ModelSettings:
+        return self.config.for_model(model)
+
+    # Models and versions
+
+    def add_model(
+        self, name: str, *, tier: str, source: str | None = None, base: str | None = None
+    ) -> VersionEntry:
+        """Register a model; its first version becomes its champion. See ``ecosystem.models.add``."""
+        report = self.progress
+        step = (lambda done, total: report(f"store {name}", done, total, "")) if report else None
+        return models.add(self.store, self.actor, name, tier, source, base, step)
+
+    def models(self) -> list[Model]:
+        with self.store.database.read() as connection:
+            return models.all_models(connection)
+
+    def version(self, reference: str | VersionEntry) -> VersionEntry:
+        """``name@v3``, ``name@champion``, ``name@sha256:...`` or ``name`` (its champion)."""
+        if isinstance(reference, VersionEntry):
+            return reference
+        with self.store.database.read() as connection:
+            return versions.resolve(connection, reference)
+
+    def versions(self, model: str) -> list[VersionEntry]:
+        with self.store.database.read() as connection:
+            models.get(connection, model)
+            return versions.of_model(connection, model)
+
+    def aliases(self, model: str) -> list[Alias]:
+        with self.store.database.read() as connection:
+            models.get(connection, model)
+            return aliases.of_model(connection, model)
+
+    def checkout(self, reference: str | VersionEntry, to: str | Path) -> checkouts.Checkout:
+        """Write a version as a plain Hugging Face / PEFT folder; every byte is checked on the way out."""
+        report = self.progress
+        step = (lambda done, total: report("checkout", done, total, "")) if report else None
+        return checkouts.export(self.store, self.version(reference), Path(to), step)
+
+    def diff(self, first: str | VersionEntry, second: str | VersionEntry) -> dict[str, Any]:
+        """What differs from ``first`` to ``second``: tensors and files by name, tasks, data, recipe."""
+        from meristem.ecosystem.lineage import difference
+
+        return difference(self.store, self.version(first), self.version(second))
+
+    # Assets
+
+    def add_data(self, name: str, file: str | Path) -> AssetEntry:
+        """Add a JSONL file as the next version of data set ``name``; test items of any suite are refused."""
+        from meristem.data.datasets import ROWS_FILE, load_body, read_dataset
+        from meristem.evaluation.contamination import refuse_leaks
+
+        models.check_name("data", name)
+        body, facts = read_dataset(name, Path(file))
+        refuse_leaks(self.store, str(file), load_body(bytes(body.data)), self.suites())
+        return self._add_asset(
+            Asset(kind="dataset", name=name, files={ROWS_FILE: body.digest}, facts=facts), [body]
+        )
+
+    def data(self) -> list[AssetEntry]:
+        with self.store.database.read() as connection:
+            return assets.listed(connection, ["dataset"])
+
+    def add_suite(self, name: str, file: str | Path) -> AssetEntry:
+        """Add a suite file with all its items; items that stand in a data set of the workspace are refused."""
+        from meristem.data.datasets import load_rows
+        from meristem.evaluation.contamination import refuse_leaks_into
+        from meristem.evaluation.service import SUITE_FILE, suite_asset
+        from meristem.evaluation.suites import load_suite
+
+        models.check_name("suite", name)
+        suite = load_suite(file)
+        for entry in self.data():
+            refuse_leaks_into(f"data {entry.label}", load_rows(self.store, entry.record.files), name, suite)
+        body, facts = suite_asset(name, suite)
+        return self._add_asset(
+            Asset(kind="suite", name=name, files={SUITE_FILE: body.digest}, facts=facts), [body]
+        )
+
+    def suites(self) -> list[AssetEntry]:
+        with self.store.database.read() as connection:
+            return assets.listed(connection, ["suite"])
+
+    def asset(self, kind: str, reference: str) -> AssetEntry:
+        with self.store.database.read() as connection:
+            return assets.resolve(connection, kind, reference)
+
+    def _add_asset(self, record: Asset, blobs: list[Any]) -> AssetEntry:
+        locations = self.store.put(blobs)
+        with self.store.transaction(self.actor, f"{record.kind} {record.name} added") as tx:
+            tx.add_blobs(locations)
+            return assets.add(tx, record)
+
+    # Signals, plans and updates
+
+    def signal(self, kind: str, model: str, *, data: list[str] | None = None, note: str = "") -> Entry:
+        """Record why an update may be needed; the loop answers it."""
+        from meristem.monitoring import signals
+
+        with self.store.database.read() as connection:
+            models.get(connection, model)
+        digests = [self.asset("dataset", name).digest for name in data or []]
+        return signals.add(self.store, self.actor, kind=kind, model=model, data=digests, note=note)
+
+    def records(self, kind: str, model: str | None = None) -> list[Entry]:
+        """Signals, plans, updates, decisions, approvals or releases, oldest first."""
+        with self.store.database.read() as connection:
+            return ledger.entries(connection, kind, model=model)
+
+    def record(self, name: str) -> Entry:
+        """The record called e.g. ``decision-2``."""
+        with self.store.database.read() as connection:
+            return ledger.find(connection, name)
+
+    def plan(self, model: str) -> Entry | None:
+        """The plan that the loop would carry out now, made if signals are pending; None when none are."""
+        from meristem.planning import planner
+
+        with self.store.database.read() as connection:
+            models.get(connection, model)
+        return planner.plan_next(self.store, self.actor, self.settings(model), model)
+
+    def update(
+        self,
+        model: str,
+        *,
+        data: list[str],
+        methods: list[str] | None = None,
+        recipe: dict[str, Any] | Recipe | None = None,
+    ) -> UpdateResult:
+        """Train the champion of ``model`` on ``data``; the same call again finishes an interrupted one.
+
+        ``methods`` are names with arguments (``"ewc:strength=50"``), on top of those of ``recipe``.
+        """
+        from meristem.methods.registry import parse
+        from meristem.planning import planner
+
+        settings = self.settings(model)
+        built = [parse(text) for text in methods or []]
+        added = {"methods": [{"name": m.label, "arguments": m.arguments()} for m in built]} if built else {}
+        own = recipe.model_dump() if isinstance(recipe, Recipe) else recipe or {}
+        resolved = resolve_recipe(settings.recipe, own, added)
+        digests = [self.asset("dataset", name).digest for name in data]
+        plan = planner.plan_update(self.store, self.actor, settings, model, digests, resolved)
+        return self.run_plan(plan)
+
+    def run_plan(self, plan: Entry) -> UpdateResult:
+        """Carry out a plan's update, or go on with it."""
+        from meristem.training import updates
+
+        record = plan.as_(Plan)
+        if record.recipe is None:
+            raise BadInput(f"{plan.id} trains nothing: {record.reason}")
+        recipe = Recipe.from_document(self.store.document(record.recipe))
+        with self.store.database.read() as connection:
+            parent = versions.by_digest(connection, record.parent)
+        entry = updates.open_update(
+            self.store, self.actor, parent=parent, data=record.data, recipe=recipe, plan=plan.digest
+        )
+        return self.resume(entry.id)
+
+    def resume(self, name: str) -> UpdateResult:
+        """Run or go on running an update; a finished one is returned as it is."""
+        from meristem.training import updates
+
+        if self._evaluator is not None:
+            self._evaluator.release_memory()
+        entry = self.record(name)
+        entry.as_(Update)
+        updates.run(self.store, self.actor, entry, self.progress)
+        return self.update_result(name)
+
+    def update_result(self, name: str) -> UpdateResult:
+        with self.store.database.read() as connection:
+            entry = ledger.find(connection, name)
+            record = entry.as_(Update)
+            if entry.result is None:
+                return UpdateResult(entry, record, None, None)
+            outcome = UpdateOutcome.from_document(read_document(connection, entry.result))
+            return UpdateResult(entry, record, versions.by_digest(connection, outcome.version), outcome)
+
+    # Evaluation
+
+    def evaluator(self) -> Evaluator:
+        from meristem.evaluation.service import Evaluator
+
+        if self._evaluator is None:
+            self._evaluator = Evaluator(self.store, self.config.evaluation, self.actor, self.progress)
+        return self._evaluator
+
+    def evaluate(self, reference: str | VersionEntry, suite: str) -> EvaluationEntry:
+        """Scores of a version on a suite: from the store if known, else measured and stored."""
+        return self.evaluator().evaluate(self.version(reference), self.asset("suite", suite))
+
+    def evaluations(self) -> list[EvaluationEntry]:
+        """Every evaluation in the store; nothing is computed."""
+        from meristem.evaluation.service import stored_evaluations
+
+        return stored_evaluations(self.store)
+
+    def results(self, evaluation: EvaluationEntry) -> list[ItemResult]:
+        return self.evaluator().results(evaluation)
+
+    def compare(self, new: str | VersionEntry, old: str | VersionEntry, *, suite: str) -> Comparison:
+        """Paired comparison of two versions, item by item; differences are new - old."""
+        before, after = self.evaluate(old, suite), self.evaluate(new, suite)
+        return self.evaluator().compare(before, after)
+
+    def task_matrix(self, reference: str | VersionEntry) -> LineMatrix:
+        """A[t, i] over the line of versions behind ``reference``, with ACC, BWT, FWT and forgetting."""
+        from meristem.evaluation.matrix import line_matrix
+
+        version = self.version(reference)
+        with self.store.database.read() as connection:
+            line = [v for v in versions.ancestors(connection, version) if v.model == version.model]
+        return line_matrix(self.evaluator(), line[::-1], self.suites())
+
+    def judge(
+        self, new: str | VersionEntry, old: str | VersionEntry, *, suite: str, gate: str, **arguments: Any
+    ) -> GateResult:
+        """What a gate would say about two versions; nothing is recorded. For trying out a policy."""
+        from meristem.release import gates
+
+        return gates.judge(gate, arguments, suite, self.compare(new, old, suite=suite))
+
+    # Release
+
+    def propose(self, reference: str | VersionEntry, *, plan: Entry | None = None) -> DecisionResult:
+        """Judge a version against the champion by the criteria fixed before its training."""
+        from meristem.release import decisions
+
+        version = self.version(reference)
+        plan = plan or self._plan_of(version)
+        settings = self.settings(version.model)
+        entry = decisions.propose(self.store, self.actor, settings, self.evaluator(), version, plan)
+        return self.explain(entry.id)
+
+    def explain(self, decision: str) -> DecisionResult:
+        from meristem.release import decisions
+
+        with self.store.database.read() as connection:
+            entry = ledger.find(connection, decision)
+            return DecisionResult(entry, entry.as_(Decision), decisions.approvers(connection, entry))
+
+    def approve(self, decision: str, reason: str = "") -> Entry:
+        from meristem.release import decisions
+
+        return decisions.approve(self.store, self.actor, self.record(decision), reason)
+
+    def promote(self, decision: str | DecisionResult, reason: str = "") -> Entry:
+        """Make the decided version the champion, if the champion is still the one it was judged against."""
+        from meristem.release import rollout
+
+        name = decision if isinstance(decision, str) else decision.id
+        return rollout.promote(self.store, self.actor, self.record(name), reason)
+
+    def rollback(self, model: str, to: str | VersionEntry | None = None, reason: str = "") -> Entry:
+        """Point the champion back at a version that was champion before; bytes are checked, nothing computed."""
+        from meristem.release import rollout
+
+        with self.store.database.read() as connection:
+            models.get(connection, model)
+        return rollout.rollback(self.store, self.actor, model, self.version(to) if to else None, reason)
+
+    def history(self, model: str) -> list[Entry]:
+        """Releases of a model, oldest first: promotions and rollbacks."""
+        with self.store.database.read() as connection:
+            models.get(connection, model)
+            return ledger.entries(connection, "release", model=model)
+
+    def _plan_of(self, version: VersionEntry) -> Entry | None:
+        for entry in self.records("update", version.model):
+            if entry.result and self.update_result(entry.id).version.digest == version.digest:
+                digest = entry.as_(Update).plan
+                with self.store.database.read() as connection:
+                    return ledger.by_digest(connection, "plan", digest) if digest else None
+        return None
+
+    # Loop and evidence
+
+    def turn(self, model: str) -> Turn | None:
+        """One turn of the loop for ``model``; None when no signal is pending."""
+        from meristem.loop import turn
+
+        return turn(self, model)
+
+    def events(self, *, after: int = 0) -> Iterator[Event]:
+        with self.store.database.read() as connection:
+            yield from evidence.read(connection, after=after)
+
+    def verify(self, *, head: str | None = None) -> Audit:
+        """Recompute every digest, the chain and every pointer; see ``ecosystem.audit``."""
+        report = self.progress
+        step = (lambda what, done, total: report(f"verify {what}", done, total, "")) if report else None
+        return audit.verify(self.store, step, head)

@@ -1,0 +1,89 @@
+"""Checkpoints: method state, the COMPLETE mark, and a resume that changes no bit."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig
+from tests.training.stream import rows, sft, weights
+from transformers import TrainerCallback
+
+from meristem.errors import BadInput
+from meristem.methods import EWC, ExperienceReplay
+from meristem.training import _checkpoint
+from meristem.training.continual import newest_complete_checkpoint
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def make(folder, **options):
+    lora = LoraConfig(r=4, lora_dropout=0.2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    options = {
+        "max_steps": 7,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "bf16": True,
+        "task": "B",
+        **options,
+    }
+    options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+    methods = [ExperienceReplay(ratio=0.4, capacity=6), EWC(samples=4)]
+    return sft(folder, methods, rows(6, "B"), peft_config=lora, history={"A": rows(8, "A")}, **options)
+
+
+def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(tmp_path):
+    whole = make(tmp_path / "whole")
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "cut", callbacks=[Stop()], save_total_limit=1).train()
+    assert [p.name for p in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-4"]
+    resumed = make(tmp_path / "cut")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 7
+    start = weights(make(tmp_path / "start").model)
+    assert any(not torch.equal(start[name], value) for name, value in weights(whole.model).items())
+    torch.testing.assert_close(weights(resumed.model), weights(whole.model), rtol=0, atol=0)
+    a, b = whole.method_state(), resumed.method_state()
+    torch.testing.assert_close(a["ewc"]["tensors"], b["ewc"]["tensors"], rtol=0, atol=0)
+    assert a["experience-replay"] == b["experience-replay"]
+    assert {row["task"] for row in b["experience-replay"]["json"]["buffer"]["rows"]} == {"A", "B"}
+
+
+def test_only_complete_folders_are_resumed_from(tmp_path):
+    trainer = make(tmp_path)
+    with pytest.raises(BadInput, match="no complete checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.train()
+    newest, older = tmp_path / "checkpoint-7", tmp_path / "checkpoint-6"
+    assert newest_complete_checkpoint(tmp_path) == newest
+    states = _checkpoint.read(newest)
+    assert set(states) == {"ewc", "experience-replay"} and states["ewc"]["tensors"]
+    weights_file = newest / "adapter_model.safetensors"
+    whole = weights_file.read_bytes()
+    weights_file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert newest_complete_checkpoint(tmp_path) == older
+    with pytest.raises(BadInput, match=r"adapter_model\.safetensors has changed"):
+        trainer.train(resume_from_checkpoint=str(newest))
+    weights_file.write_bytes(whole)
+    mark = newest / "meristem" / "COMPLETE"
+    edited = json.loads(mark.read_text())
+    edited["files"].pop("adapter_model.safetensors")
+    mark.write_text(json.dumps(edited))
+    with pytest.raises(BadInput, match="damaged"):
+        trainer.train(resume_from_checkpoint=str(newest))
+    mark.unlink()
+    with pytest.raises(BadInput, match="cut off while being written"):
+        trainer.train(resume_from_checkpoint=str(newest))
+    (older / "optimizer.pt").unlink()
+    assert newest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+
+def test_another_set_of_methods_cannot_resume(tmp_path):
+    make(tmp_path, max_steps=2).train()
+    other = sft(tmp_path, [EWC()], rows(4), max_steps=4)
+    with pytest.raises(BadInput, match="resume with the same ones"):
+        other.train(resume_from_checkpoint=True)
