@@ -21,8 +21,12 @@ def run(
     with opened() as ws:
         entry = ws.evaluate(reference, suite)
         summary = entry.record.summary
-        lines = [f"{ws.version(reference).label} on {suite}: {summary['score']:.3f} over {summary['items']} items"]
-        lines += [f"  {name}: {score:.3f}" for name, score in {**summary["tasks"], **summary["slices"]}.items()]
+        lines = [
+            f"{ws.version(reference).label} on {suite}: {summary['score']:.3f} over {summary['items']} items"
+        ]
+        lines += [
+            f"  {name}: {score:.3f}" for name, score in {**summary["tasks"], **summary["slices"]}.items()
+        ]
         lines.append("  (stored before)" if entry.cached else f"  ({entry.record.seconds:.1f} s)")
         show(as_json, {"cached": entry.cached, **entry.record.document()}, "\n".join(lines))
 

@@ -27,17 +27,26 @@ def show_(
 
 @app.command("verify")
 def verify(
-    head: Annotated[str | None, typer.Option(help="A head kept outside the workspace, to catch a cut tail.")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="A head kept outside the workspace, to catch a cut tail.")
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Recompute every digest, the chain and every pointer. Exit 1 when anything does not match."""
     with opened() as ws:
         audit = ws.verify(head=head)
         counted = f"{audit.events} events, {audit.documents} documents, {audit.blobs} blobs"
-        anchored = "the head kept outside is in the chain" if head else "no outside head given: a cut tail would not show"
+        anchored = (
+            "the head kept outside is in the chain"
+            if head
+            else "no outside head given: a cut tail would not show"
+        )
         lines = [f"intact: {counted}; {anchored}", f"head {audit.head}"]
         if not audit.intact:
-            lines = [f"TAMPERED: {len(audit.problems)} problems in {counted}", *(f"  {p}" for p in audit.problems[:20])]
+            lines = [
+                f"TAMPERED: {len(audit.problems)} problems in {counted}",
+                *(f"  {p}" for p in audit.problems[:20]),
+            ]
         show(as_json, {**asdict(audit), "intact": audit.intact}, "\n".join(lines))
         if not audit.intact:
             raise typer.Exit(1)

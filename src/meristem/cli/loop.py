@@ -11,7 +11,9 @@ from meristem.cli.options import JSON, opened, show, wants_json
 if TYPE_CHECKING:
     from meristem.loop import Turn
 
-app = typer.Typer(name="loop", help="Signals -> plan -> update -> evaluation -> decision -> release.", no_args_is_help=True)
+app = typer.Typer(
+    name="loop", help="Signals -> plan -> update -> evaluation -> decision -> release.", no_args_is_help=True
+)
 
 
 @app.command("run")

@@ -28,5 +28,11 @@ def show_(name: str, as_json: JSON = False) -> None:
     found = load(name)
     text = inspect.getdoc(found) or ""
     arguments = str(inspect.signature(found))
-    document = {"name": name, "claims": found.claims, "stages": sorted(found.stages), "arguments": arguments, "doc": text}
+    document = {
+        "name": name,
+        "claims": found.claims,
+        "stages": sorted(found.stages),
+        "arguments": arguments,
+        "doc": text,
+    }
     show(as_json, document, f"{name}{arguments}\n\n{text}")

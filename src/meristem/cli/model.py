@@ -21,7 +21,8 @@ def add(
     name: str,
     tier: Annotated[str, typer.Option(help="foundation, industrial or application")],
     source: Annotated[
-        str | None, typer.Option(help="`embedded`, or a local Hugging Face folder; default: its base as it is")
+        str | None,
+        typer.Option(help="`embedded`, or a local Hugging Face folder; default: its base as it is"),
     ] = None,
     base: Annotated[str | None, typer.Option(help="The model that this one is tuned from.")] = None,
     as_json: JSON = False,
@@ -41,7 +42,13 @@ def list_(as_json: JSON = False) -> None:
             pointers = {a.name: ws.version(f"{model.name}@{a.name}").label for a in ws.aliases(model.name)}
             rows.append({**model.document(), "versions": len(ws.versions(model.name)), "aliases": pointers})
         cells = [
-            (r["name"], r["tier"], r["base"] or "", r["versions"], ", ".join(f"{k}={v}" for k, v in r["aliases"].items()))
+            (
+                r["name"],
+                r["tier"],
+                r["base"] or "",
+                r["versions"],
+                ", ".join(f"{k}={v}" for k, v in r["aliases"].items()),
+            )
             for r in rows
         ]
         show(as_json, rows, table("models", ("model", "tier", "base", "versions", "aliases"), cells))
@@ -61,7 +68,12 @@ def lineage(name: str, as_json: JSON = False) -> None:
     with opened() as ws:
         rows = [_about(ws, version) for version in ws.versions(name)]
         cells = [
-            (r["version"], ", ".join(r["parents"]) or r["base"] or "", ", ".join(r["aliases"]), ", ".join(r["tasks"]))
+            (
+                r["version"],
+                ", ".join(r["parents"]) or r["base"] or "",
+                ", ".join(r["aliases"]),
+                ", ".join(r["tasks"]),
+            )
             for r in rows
         ]
         show(as_json, rows, table("versions", ("version", "from", "aliases", "tasks"), cells))
@@ -86,7 +98,11 @@ def checkout(
     with opened() as ws:
         made = ws.checkout(reference, to)
         place = {"folder": str(made.folder), "base": str(made.base_folder) if made.base_folder else None}
-        note = f"{made.folder} (PEFT adapter; its base is in {made.base_folder})" if made.base_folder else made.folder
+        note = (
+            f"{made.folder} (PEFT adapter; its base is in {made.base_folder})"
+            if made.base_folder
+            else made.folder
+        )
         show(as_json, place, str(note))
 
 

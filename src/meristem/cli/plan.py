@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from meristem.ecosystem.ledger import Entry
     from meristem.workspace import Workspace
 
-app = typer.Typer(name="plan", help="Plans: what will be trained and by which criteria.", no_args_is_help=True)
+app = typer.Typer(
+    name="plan", help="Plans: what will be trained and by which criteria.", no_args_is_help=True
+)
 
 
 @app.command("make")
@@ -46,9 +48,14 @@ def _show(ws: Workspace, entry: Entry, as_json: bool) -> None:
     document: dict[str, Any] = {"id": entry.id, "status": entry.status, **entry.record.document()}
     recipe = ws.store.document(document["recipe"]) if document["recipe"] else {}
     methods = [m["name"] for m in recipe.get("methods", [])]
-    lines = [f"{entry.id} for {document['model']} ({entry.status}): {document['action']}", f"  why: {document['reason']}"]
+    lines = [
+        f"{entry.id} for {document['model']} ({entry.status}): {document['action']}",
+        f"  why: {document['reason']}",
+    ]
     if document["action"] == "update":
         lines.append(f"  data: {', '.join(ws.asset('dataset', d).label for d in document['data'])}")
-        lines.append(f"  stage {recipe['stage']}, methods: {', '.join(methods) or 'none'}, budget: {document['budget']}")
+        lines.append(
+            f"  stage {recipe['stage']}, methods: {', '.join(methods) or 'none'}, budget: {document['budget']}"
+        )
         lines += [f"  gate {c['gate']} on {c['suite']}: {c['arguments']}" for c in document["criteria"]]
     show(as_json, {**document, "resolved_recipe": recipe}, "\n".join(lines))

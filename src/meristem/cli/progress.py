@@ -59,7 +59,9 @@ def _plain() -> Report:
         if done >= total:
             seconds = time.monotonic() - begun
             if seconds >= _SHOW_AFTER:
-                print(f"{what}: {done}/{total} in {seconds:.0f} s {note}".rstrip(), file=sys.stderr, flush=True)
+                print(
+                    f"{what}: {done}/{total} in {seconds:.0f} s {note}".rstrip(), file=sys.stderr, flush=True
+                )
             started.pop(what, None)
 
     return report

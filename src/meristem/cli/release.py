@@ -71,7 +71,8 @@ def history(model: str, as_json: JSON = False) -> None:
         names = {v.digest: v.label for v in ws.versions(model)}
         rows = [{"id": e.id, **e.record.document()} for e in ws.history(model)]
         cells = [
-            (r["id"], r["kind"], names[r["previous"]], names[r["version"]], r["revision"], r["reason"]) for r in rows
+            (r["id"], r["kind"], names[r["previous"]], names[r["version"]], r["revision"], r["reason"])
+            for r in rows
         ]
         show(as_json, rows, table("releases", ("release", "kind", "from", "to", "revision", "reason"), cells))
 
@@ -86,7 +87,9 @@ def _released(ws: Workspace, entry: Any, as_json: bool) -> None:
 def _show(ws: Workspace, decision: DecisionResult, as_json: bool) -> None:
     record = decision.record
     names = {v.digest: v.label for v in ws.versions(record.model)}
-    lines = [f"{decision.id}: {names[record.version]} against {names[record.champion]}: {record.outcome.upper()}"]
+    lines = [
+        f"{decision.id}: {names[record.version]} against {names[record.champion]}: {record.outcome.upper()}"
+    ]
     for gate in record.gates:
         lines.append(f"  {gate.outcome:<12}  {gate.gate} on {gate.suite}: {gate.reason}")
     if decision.approvals_missing:

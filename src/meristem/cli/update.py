@@ -22,7 +22,9 @@ def run(
     method: Annotated[
         list[str] | None, typer.Option("--method", help="NAME[:key=value,...]; may be given several times.")
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A YAML file that overrides the default recipe.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A YAML file that overrides the default recipe.")
+    ] = None,
     stage: Annotated[str, typer.Option(help="cit (continual instruction tuning)")] = "cit",
     as_json: JSON = False,
 ) -> None:
@@ -64,7 +66,9 @@ def list_(as_json: JSON = False) -> None:
 
 def _show(result: UpdateResult, as_json: bool) -> None:
     document = _document(result)
-    text = f"{result.id}: {document['version']} after {document['steps']} steps in {document['seconds']:.0f} s"
+    text = (
+        f"{result.id}: {document['version']} after {document['steps']} steps in {document['seconds']:.0f} s"
+    )
     show(as_json, document, text)
 
 

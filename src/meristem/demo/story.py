@@ -63,7 +63,9 @@ class Teller:
         self.console, self.started = console, time.monotonic()
 
     def chapter(self, title: str) -> None:
-        self.console.print(f"\n[bold]{escape(title)}[/bold]  [dim]{time.monotonic() - self.started:.0f} s[/dim]")
+        self.console.print(
+            f"\n[bold]{escape(title)}[/bold]  [dim]{time.monotonic() - self.started:.0f} s[/dim]"
+        )
 
     def line(self, text: str) -> None:
         self.console.print(f"  {text}", highlight=False)
@@ -95,7 +97,9 @@ def _first_release(say: Teller, ws: Workspace) -> None:
     say.chapter("1. A model line: a foundation, and a support model tuned from it")
     ws.add_model(FOUNDATION, tier="foundation", source="embedded")
     start = ws.add_model(MODEL, tier="industrial", base=FOUNDATION)
-    say.line(f"SmolLM2-135M-Instruct is {FOUNDATION}@v1; {start.label} starts from it ({start.digest[:19]}...)")
+    say.line(
+        f"SmolLM2-135M-Instruct is {FOUNDATION}@v1; {start.label} starts from it ({start.digest[:19]}...)"
+    )
     with as_file(files("meristem.demo").joinpath("data")) as data:
         for task in TASKS:
             ws.add_suite(task, data / f"{task}.suite.yaml")
@@ -114,7 +118,9 @@ def _forgetful_update(say: Teller, ws: Workspace) -> None:
     _expect(turn.outcome == "stopped" and turn.next_signal is not None, "plain fine-tuning should be blocked")
     assert turn.version is not None
     comparison = ws.compare(turn.version, f"{MODEL}@champion", suite=TASKS[0])
-    say.line(f"[bold]The gate blocks it[/bold]: {len(comparison.flipped)} tickets were routed right and are now wrong:")
+    say.line(
+        f"[bold]The gate blocks it[/bold]: {len(comparison.flipped)} tickets were routed right and are now wrong:"
+    )
     _show_flips(say, ws, turn, comparison.flipped[:3])
 
 
@@ -140,12 +146,16 @@ def _rollback_and_verify(say: Teller, ws: Workspace) -> None:
     before = ws.version(f"{MODEL}@champion")
     ws.rollback(MODEL, reason="the warehouse is not ready")
     after = ws.version(f"{MODEL}@champion")
-    say.line(f"rolled back from {before.label} to {after.label}: content {after.content[:19]}..., every byte checked")
+    say.line(
+        f"rolled back from {before.label} to {after.label}: content {after.content[:19]}..., every byte checked"
+    )
     audit = ws.verify()
     say.line(f"log verify: intact ({audit.events} events, {audit.documents} documents, {audit.blobs} blobs)")
     _expect(audit.intact, f"the workspace should be intact, but: {audit.problems[:1]}")
     for what, problems in tampering.tamper_with_copies(ws):
-        say.line(f"a copy with {what}: log verify finds {len(problems)} problem(s), first: {escape(problems[0])}")
+        say.line(
+            f"a copy with {what}: log verify finds {len(problems)} problem(s), first: {escape(problems[0])}"
+        )
 
 
 def _report(say: Teller, ws: Workspace) -> Path:
@@ -156,7 +166,9 @@ def _report(say: Teller, ws: Workspace) -> Path:
     say.chapter("Done")
     say.line(f"report: {path.absolute()}")
     task = TASKS[2]
-    say.line(f"your turn: meristem --workspace {ws.root} update run {MODEL} --data {task} --method experience-replay")
+    say.line(
+        f"your turn: meristem --workspace {ws.root} update run {MODEL} --data {task} --method experience-replay"
+    )
     return path
 
 
@@ -167,14 +179,18 @@ def _turn(say: Teller, ws: Workspace) -> Turn:
     say.line(f"{turn.plan.id}: {escape(turn.plan.record.document()['reason'])}")
     decision = ws.explain(turn.decision.id)
     say.gates(decision)
-    say.line(f"{turn.decision.id}: {turn.version.label} {'is released' if turn.outcome == 'released' else 'does not ship'}")
+    say.line(
+        f"{turn.decision.id}: {turn.version.label} {'is released' if turn.outcome == 'released' else 'does not ship'}"
+    )
     return turn
 
 
 def _show_flips(say: Teller, ws: Workspace, turn: Turn, flipped: tuple[str, ...]) -> None:
     from meristem.evaluation.service import load_suite_asset
 
-    items = {i.id: i for task in load_suite_asset(ws.store, ws.asset("suite", TASKS[0])).tasks for i in task.items}
+    items = {
+        i.id: i for task in load_suite_asset(ws.store, ws.asset("suite", TASKS[0])).tasks for i in task.items
+    }
     assert turn.version is not None
     results = {r["id"]: r for r in ws.results(ws.evaluate(turn.version, TASKS[0]))}
     for name in flipped:

@@ -6,6 +6,7 @@ cause is in this file.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,8 +154,7 @@ def labelled_positions_only(device: torch.device) -> Iterator[None]:
     on a CPU that is most of the step when the loss is on short completions (SmolLM2-135M, 66 tokens a row, 4 of
     them labelled: 1.76 s a step before, 0.81 s with this; benchmarks/README.md). The values are the same.
     """
-    import trl.trainer.utils as fused
-
+    fused: Any = sys.modules.get("trl.trainer.utils")  # not imported: the trainer is not TRL's
     original = getattr(fused, "_use_triton", None)
     if device.type != "cpu" or original is None:
         yield

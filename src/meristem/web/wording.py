@@ -1,0 +1,105 @@
+"""How the report says things: numbers, dates and the project's technical names in plain words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+OUTCOMES = {"pass": ("✓", "Passed"), "fail": ("✕", "Failed"), "inconclusive": ("?", "Inconclusive")}
+
+GATES = {
+    "non_inferiority": (
+        "No loss",
+        "the new version must not score worse than the champion by the margin or more",
+    ),
+    "improvement": (
+        "Real gain",
+        "the new version must score better than the champion by more than chance explains",
+    ),
+    "negative_flips": ("Few new mistakes", "few questions that the champion got right may be wrong now"),
+}
+
+METRICS = {
+    "acc": ("ACC", "average score over all learned tasks, now; higher is better"),
+    "bwt": ("BWT", "change on earlier tasks since each was learned; below zero means forgetting"),
+    "fwt": ("FWT", "head start on each task before it was taught, against the untrained model"),
+    "forgetting": ("Forgetting", "average drop from each task's best score; zero means nothing was lost"),
+}
+
+_NUMBERS = {
+    "n": "items",
+    "old_score": "champion",
+    "new_score": "candidate",
+    "difference": "difference",
+    "lower": "lower bound",
+    "upper": "upper bound",
+    "margin": "margin",
+    "min_gain": "gain needed",
+    "flipped": "new mistakes",
+    "nfr": "rate of new mistakes",
+    "max_rate": "limit",
+    "confidence": "confidence",
+}
+_SIGNED = {"difference", "lower", "upper"}
+_MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
+
+
+def points(share: float) -> str:
+    """A difference of scores in points: ``-4.5``, with a real minus sign."""
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def moment(time: str) -> str:
+    """``2026-11-22T18:01:59.123456Z`` as ``22 Nov 2026, 18:01:59``; all times are UTC."""
+    return f"{day(time)}, {time[11:19]}"
+
+
+def day(time: str) -> str:
+    return f"{int(time[8:10])} {_MONTHS[int(time[5:7]) - 1]} {time[:4]}"
+
+
+def clipped(text: str, most: int = 700) -> str:
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
+def gate_title(gate: str) -> str:
+    return GATES[gate][0] if gate in GATES else gate.replace("_", " ")
+
+
+def gate_numbers(numbers: dict[str, Any]) -> list[tuple[str, str]]:
+    """A gate's numbers as ``(name, value)``; names that this file does not know are shown as they are."""
+    order = [key for key in _NUMBERS if key in numbers] + sorted(set(numbers) - set(_NUMBERS))
+    signed = _SIGNED if "nfr" not in numbers else set()
+    return [(_NUMBERS.get(key, key), _number(key, numbers[key], key in signed)) for key in order]
+
+
+def _number(key: str, value: Any, signed: bool) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if key not in _NUMBERS or key in ("n", "flipped"):
+        return f"{value:,.6g}"
+    return points(value) if signed else percent(value).replace(".0 %", " %")
+
+
+def joined(names: list[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1] if names else ""
