@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from meristem.errors import BadInput
 
 CONFIG_NAME = "meristem.yaml"
+RECIPE_SCHEMA = "meristem/recipe/v1"
 
 TEMPLATE = """\
 schema: meristem/workspace/v1
@@ -39,7 +40,7 @@ models: {}
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class EvaluationSettings(_Strict):
@@ -101,7 +102,7 @@ class Recipe(_Strict):
     seed: int = 0
 
     def document(self) -> dict[str, Any]:
-        return {"schema": "meristem/recipe/v1", **self.model_dump(mode="json")}
+        return {"schema": RECIPE_SCHEMA, **self.model_dump(mode="json")}
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> Recipe:
@@ -137,7 +138,9 @@ class WorkspaceConfig(_Strict):
         """Defaults overridden key by key with what ``models: NAME`` says; ``recipe`` is merged one level deeper."""
         own = self.models.get(name, {})
         merged = {**self.defaults, **own}
-        merged["recipe"] = {**self.defaults.get("recipe", {}), **own.get("recipe", {})}
+        recipes = [settings["recipe"] for settings in (self.defaults, own) if "recipe" in settings]
+        if all(isinstance(recipe, dict) for recipe in recipes):  # else ModelSettings says what is wrong
+            merged["recipe"] = {key: value for recipe in recipes for key, value in recipe.items()}
         return ModelSettings.model_validate(merged)
 
 
@@ -157,7 +160,9 @@ def load_config(path: Path) -> WorkspaceConfig:
 def load_recipe(path: Path) -> dict[str, Any]:
     """A recipe file as overrides of the default recipe. Raises ``BadInput`` with file and key."""
     fields = _yaml(path)
-    fields.pop("schema", None)
+    schema = fields.pop("schema", RECIPE_SCHEMA)
+    if schema != RECIPE_SCHEMA:
+        raise BadInput(f"{path}: schema: this Meristem reads {RECIPE_SCHEMA} (found {_shown(schema)})")
     _validated(path, Recipe, fields)
     return fields
 
@@ -173,9 +178,22 @@ def resolve_recipe(*overrides: dict[str, Any]) -> Recipe:
         raise BadInput(_first(error, "recipe")) from error
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader; a key that stands twice is refused, because one of the two would silently lose."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                twice = f"the key '{key.value}' stands twice; keep one"
+                raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such file") from error
     except UnicodeDecodeError as error:
@@ -183,6 +201,10 @@ def _yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else None
         raise BadInput.at(path, line, f"not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise BadInput(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
     if not isinstance(fields, dict):
         raise BadInput(f"{path}: expected keys and values at the top level")
     return fields
@@ -199,4 +221,13 @@ def _first(error: ValidationError, prefix: str = "") -> str:
     """pydantic's first complaint as one line with the key's path."""
     detail = error.errors()[0]
     where = ".".join(str(part) for part in ([prefix] if prefix else []) + list(detail["loc"]))
-    return f"{where}: {detail['msg'].lower()} (found {detail['input']!r})"
+    if detail["type"] == "extra_forbidden":
+        return f"{where}: unknown key; check its spelling and its indentation"
+    if detail["type"] == "missing":
+        return f"{where}: missing; add it"
+    return f"{where}: {detail['msg'].lower()} (found {_shown(detail['input'])})"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."

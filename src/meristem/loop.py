@@ -15,6 +15,7 @@ from meristem.ecosystem.records import Decision, Plan
 from meristem.ecosystem.versions import VersionEntry
 from meristem.errors import TrainingFailed
 from meristem.monitoring import signals
+from meristem.release import rollout
 
 if TYPE_CHECKING:
     from meristem.workspace import Workspace
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Turn:
     """What one turn did. ``outcome``: released, stopped (gates did not pass), waiting (nothing to train on yet
-    or approvals missing)."""
+    or approvals missing). ``unfinished``: the plan stays open and the next turn goes on with it."""
 
     outcome: str
     reason: str
@@ -31,6 +32,7 @@ class Turn:
     version: VersionEntry | None = None
     decision: Entry | None = None
     next_signal: Entry | None = None
+    unfinished: bool = False
 
 
 def turn(ws: Workspace, model: str) -> Turn | None:
@@ -47,16 +49,15 @@ def turn(ws: Workspace, model: str) -> Turn | None:
     except TrainingFailed as error:
         _close(ws, plan, "failed", str(error))
         raise
-    if ws.version(f"{model}@champion").digest == update.version.digest:
-        _close(ws, plan, "done", f"{update.version.label} is the champion")
+    if rollout.is_released(ws.store, plan, update.version):
+        _close(ws, plan, "done", f"{update.version.label} was released")
         return Turn("released", f"{update.version.label} was released already", plan, update.version)
     decision = ws.propose(update.version, plan=plan)
     if not decision.passed:
         return _stop(ws, plan, update.version, decision.entry)
     if decision.approvals_missing:
-        return Turn(
-            "waiting", f"{decision.id} passed and waits for approval", plan, update.version, decision.entry
-        )
+        reason = f"{decision.id} passed and waits for approval"
+        return Turn("waiting", reason, plan, update.version, decision.entry, unfinished=True)
     ws.promote(decision.id)
     _close(ws, plan, "done", f"{decision.id} passed and was released")
     return Turn("released", f"{decision.id} passed every gate", plan, update.version, decision.entry)

@@ -93,7 +93,7 @@ class Workspace:
 
     def __init__(self, root: Path, *, actor: str | None = None, progress: Progress | None = None):
         self.root = Path(root)
-        self.actor = actor or os.environ.get("MERISTEM_ACTOR") or getpass.getuser()
+        self.actor = actor or os.environ.get("MERISTEM_ACTOR") or _login_name()
         self.progress = progress
         self.config = configuration.load_config(self.root / CONFIG_NAME)
         self.store = Store(self.root / STORE_FOLDER)
@@ -103,15 +103,21 @@ class Workspace:
     def create(cls, root: str | Path, **options: Any) -> Workspace:
         """Make a new workspace in ``root`` (made if missing). Raises ``BadInput`` if there is one already."""
         root = Path(root)
-        if (root / CONFIG_NAME).exists() and (root / STORE_FOLDER / "meristem.db").exists():
-            raise BadInput(f"{root}: there is a workspace already; open it, or choose another folder")
+        if root.exists() and not root.is_dir():
+            raise BadInput(f"{root}: this is a file; give a folder")
+        configured = (root / CONFIG_NAME).exists()
+        if configured:
+            configuration.load_config(root / CONFIG_NAME)
         try:
             (root / STORE_FOLDER).mkdir(parents=True, exist_ok=True)
-            database = root / STORE_FOLDER / "meristem.db"
-            database.unlink(missing_ok=True)  # left by a `create` that was cut off: it holds nothing yet
-            Store(root / STORE_FOLDER).database.create()
-            if not (root / CONFIG_NAME).exists():
+            database = Store(root / STORE_FOLDER).database
+            made = database.exists()  # by a `create` that was cut off, or by a workspace that lost its file
+            if made and configured:
+                raise BadInput(f"{root}: there is a workspace already; open it, or choose another folder")
+            if not configured:
                 write_file_durably(root / CONFIG_NAME, configuration.TEMPLATE.encode())
+            if not made:
+                database.create()
         except OSError as error:
             raise disk_failure(error, root) from error
         return cls.open(root, **options)
@@ -219,6 +225,10 @@ class Workspace:
         with self.store.database.read() as connection:
             return assets.resolve(connection, kind, reference)
 
+    def _datasets(self, names: list[str]) -> list[str]:
+        """Digests of the named data sets, each once."""
+        return list(dict.fromkeys(self.asset("dataset", name).digest for name in names))
+
     def _add_asset(self, record: Asset, blobs: list[Any]) -> AssetEntry:
         locations = self.store.put(blobs)
         with self.store.transaction(self.actor, f"{record.kind} {record.name} added") as tx:
@@ -233,8 +243,15 @@ class Workspace:
 
         with self.store.database.read() as connection:
             models.get(connection, model)
-        digests = [self.asset("dataset", name).digest for name in data or []]
+        digests = self._datasets(data or [])
         return signals.add(self.store, self.actor, kind=kind, model=model, data=digests, note=note)
+
+    def close_signal(self, name: str, reason: str) -> Entry:
+        """Take back a pending signal, so that the loop does not answer it."""
+        from meristem.monitoring import signals
+
+        signals.close(self.store, self.actor, self.record(name), reason)
+        return self.record(name)
 
     def records(self, kind: str, model: str | None = None) -> list[Entry]:
         """Signals, plans, updates, decisions, approvals or releases, oldest first."""
@@ -264,7 +281,7 @@ class Workspace:
     ) -> UpdateResult:
         """Train the champion of ``model`` on ``data``; the same call again finishes an interrupted one.
 
-        ``methods`` are names with arguments (``"ewc:strength=50"``), on top of those of ``recipe``.
+        ``methods`` are names with arguments (``"ewc:strength=50"``); given, they replace those of ``recipe``.
         """
         from meristem.methods.registry import parse
         from meristem.planning import planner
@@ -274,7 +291,9 @@ class Workspace:
         added = {"methods": [{"name": m.label, "arguments": m.arguments()} for m in built]} if built else {}
         own = recipe.model_dump() if isinstance(recipe, Recipe) else recipe or {}
         resolved = resolve_recipe(settings.recipe, own, added)
-        digests = [self.asset("dataset", name).digest for name in data]
+        digests = self._datasets(data)
+        if not digests:
+            raise BadInput("an update needs at least one data set")
         plan = planner.plan_update(self.store, self.actor, settings, model, digests, resolved)
         return self.run_plan(plan)
 
@@ -427,3 +446,10 @@ class Workspace:
         report = self.progress
         step = (lambda what, done, total: report(f"verify {what}", done, total, "")) if report else None
         return audit.verify(self.store, step, head)
+
+
+def _login_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user without an entry, as in many containers
+        return f"uid-{os.getuid()}"

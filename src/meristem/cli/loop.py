@@ -19,23 +19,25 @@ app = typer.Typer(
 @app.command("run")
 def run(
     model: Annotated[str | None, typer.Option(help="Only this model.")] = None,
-    once: Annotated[bool, typer.Option("--once", help="One turn, then stop.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="One turn for each model, then stop.")] = False,
     as_json: JSON = False,
 ) -> None:
-    """Answer pending signals until none are left. Exit 1 or 3 when the last turn's gates did not pass."""
+    """Answer pending signals until none are left. Exit 1 or 3 when a model's last turn did not pass its gates."""
     with opened() as ws:
         done: list[dict[str, Any]] = []
-        code = 0
+        codes = {0}
         for name in [model] if model else [m.name for m in ws.models()]:
-            while (turn := ws.turn(name)) is not None:
+            turn = None
+            while (following := ws.turn(name)) is not None:
+                turn = following
                 done.append(_document(turn))
                 if not wants_json(as_json):
                     typer.echo(_text(turn))
-                code = _exit_code(turn)
-                if once or turn.outcome == "waiting":
+                if once or turn.unfinished:
                     break
+            codes |= {_exit_code(turn)} if turn else set()
         show(as_json, done, "" if done else "no signal is pending")
-        raise typer.Exit(code)
+        raise typer.Exit(1 if 1 in codes else max(codes))
 
 
 def _exit_code(turn: Turn) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from typing import Any
 
 import typer
 
@@ -26,6 +26,8 @@ from meristem.cli import (
 )
 from meristem.cli.options import globals_
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="meristem",
     help="Continual learning for LLMs as a governed release process.",
@@ -46,11 +48,14 @@ app.command("catalogue")(catalogue.catalogue)
 def main() -> None:
     """Entry point. Exit codes: see ``meristem.errors``."""
     try:
-        app(standalone_mode=False)
-    except SystemExit:
-        raise
+        code = app(standalone_mode=False)
+    except SystemExit as end:  # Typer's answer to a reader that went away (`meristem log show | head`)
+        sys.exit(0 if end.code == 1 else end.code)
     except BaseException as error:
         sys.exit(_code(error))
+    if code == INTERRUPTED:  # Typer turns Ctrl-C into this number
+        _complain("interrupted; the same command finishes the work")
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _code(error: BaseException) -> int:
@@ -61,25 +66,26 @@ def _code(error: BaseException) -> int:
         import traceback
 
         traceback.print_exception(error)
-    if isinstance(error, KeyboardInterrupt):
-        print("interrupted; the same command finishes the work", file=sys.stderr)
-        return 130
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+        _complain("interrupted; the same command finishes the work")
+        return INTERRUPTED
     if isinstance(error, MeristemError):
         _complain(str(error))
         return error.exit_code
     if hasattr(error, "format_message"):  # click's usage errors, without importing click here
-        _complain(f"{error.format_message()} (see --help)")
+        _complain_of_usage(error)
         return BadInput.exit_code
-    if type(error).__name__ == "Exit":
-        return int(getattr(error, "exit_code", 0))
-    if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     if isinstance(error, OSError):
         _complain(f"{error}; check disk and permissions, then repeat the command")
         return EnvironmentFailure.exit_code
     _complain(f"internal error: {type(error).__name__}: {error} (--debug shows where)")
     return MeristemError.exit_code
+
+
+def _complain_of_usage(error: Any) -> None:
+    message = error.format_message()
+    if message:  # a noun without a verb has shown its help instead
+        _complain(f"{message.rstrip('.')} (see --help)")
 
 
 def _complain(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -80,6 +81,11 @@ def show(as_json: bool, document: Any, text: str | None = None) -> None:
         typer.echo(text)
 
 
+def names(text: str | None) -> list[str]:
+    """``"a, b"`` as ``["a", "b"]``."""
+    return [name for part in (text or "").split(",") if (name := part.strip())]
+
+
 def wants_json(as_json: bool) -> bool:
     return as_json or _given.json
 
@@ -97,6 +103,6 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     for row in rows:
         made.add_row(*(str(cell) for cell in row))
     width = None if sys.stdout.isatty() else 200
-    console = Console(file=open(os.devnull, "w"), record=True, width=width)  # noqa: SIM115
+    console = Console(file=io.StringIO(), record=True, width=width)
     console.print(made)
     return "\n".join(line.rstrip() for line in console.export_text().splitlines())

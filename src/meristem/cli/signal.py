@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from meristem.cli.options import JSON, opened, show, table
+from meristem.cli.options import JSON, names, opened, show, table
 
 app = typer.Typer(name="signal", help="What starts a turn of the loop.", no_args_is_help=True)
 
@@ -21,8 +21,20 @@ def add(
 ) -> None:
     """Record why an update may be needed."""
     with opened() as ws:
-        entry = ws.signal(kind, model, data=data.split(",") if data else None, note=note)
+        entry = ws.signal(kind, model, data=names(data), note=note)
         show(as_json, {"id": entry.id, **entry.record.document()}, f"{entry.id}: {kind} for {model}")
+
+
+@app.command("close")
+def close(
+    name: Annotated[str, typer.Argument(metavar="ID")],
+    reason: Annotated[str, typer.Option(help="Why; it stands in the evidence.")] = "",
+    as_json: JSON = False,
+) -> None:
+    """Take a pending signal back, so that the loop does not answer it."""
+    with opened() as ws:
+        entry = ws.close_signal(name, reason)
+        show(as_json, {"id": entry.id, "status": entry.status}, f"{entry.id} is {entry.status}")
 
 
 @app.command("list")

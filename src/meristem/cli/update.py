@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meristem.cli.options import JSON, opened, show, table
+from meristem.cli.options import JSON, names, opened, show, table
 
 if TYPE_CHECKING:
     from meristem.workspace import UpdateResult
@@ -33,7 +33,7 @@ def run(
 
     overrides = {**(load_recipe(recipe) if recipe else {}), "stage": stage}
     with opened() as ws:
-        result = ws.update(model, data=data.split(","), methods=method, recipe=overrides)
+        result = ws.update(model, data=names(data), methods=method, recipe=overrides)
         _show(result, as_json)
 
 

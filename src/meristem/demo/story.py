@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from importlib.resources import as_file, files
+from importlib.resources import files
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +17,7 @@ from meristem.errors import BadInput, MeristemError
 from meristem.loop import Turn
 from meristem.workspace import DecisionResult, Workspace
 
+DATA = Path(str(files("meristem.demo").joinpath("data")))
 MODEL, FOUNDATION = "support", "smollm2"
 TASKS = ("ticket-routing", "order-extraction", "policy-compliance")
 MARKER = ".meristem-demo"
@@ -32,11 +33,12 @@ defaults:
     - {{gate: negative_flips, suites: learned, max_rate: {max_rate}, confidence: 0.95}}
   attempts: 2
   methods: []
-  retry_methods: ["experience-replay:ratio=0.4", "ewc:strength={strength}"]
+  retry_methods: ["experience-replay:ratio=0.3", "ewc:strength={strength}"]
   recipe: {{epochs: {epochs}, learning_rate: 0.001, lora: {{rank: 8, alpha: 16, layers: 0.5}}, seed: {seed}}}
 """
 MARGIN, MAX_RATE, STRENGTH, EPOCHS = 0.10, 0.20, 50, 2
-STRICT_MARGINS = (0.03, 0.02, 0.01, 0.0)
+# (margin, confidence), ever stricter: one of them asks more than 200 items can answer.
+STRICTER = ((0.03, 0.95), (0.01, 0.95), (0.0, 0.95), (0.0, 0.99), (0.0, 0.999), (0.0, 0.9999))
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -100,11 +102,10 @@ def _first_release(say: Teller, ws: Workspace) -> None:
     say.line(
         f"SmolLM2-135M-Instruct is {FOUNDATION}@v1; {start.label} starts from it ({start.digest[:19]}...)"
     )
-    with as_file(files("meristem.demo").joinpath("data")) as data:
-        for task in TASKS:
-            ws.add_suite(task, data / f"{task}.suite.yaml")
-            entry = ws.add_data(task, data / f"{task}.train.jsonl")
-            say.line(f"{task}: {entry.record.facts['rows']} training rows, {_items(ws, task)} test items")
+    for task in TASKS:
+        ws.add_suite(task, DATA / f"{task}.suite.yaml")
+        entry = ws.add_data(task, DATA / f"{task}.train.jsonl")
+        say.line(f"{task}: {entry.record.facts['rows']} training rows, {_items(ws, task)} test items")
     say.chapter(f"2. Task A, {TASKS[0]}: learn it, pass the gates, release")
     ws.signal("new-data", MODEL, data=[TASKS[0]], note="tickets of the first quarter")
     turn = _turn(say, ws)
@@ -133,9 +134,11 @@ def _protected_update(say: Teller, ws: Workspace) -> None:
 def _strict_margin(say: Teller, ws: Workspace) -> None:
     say.chapter("5. What a stricter policy would say of the same evidence")
     old, new = f"{MODEL}@v2", f"{MODEL}@champion"
-    for margin in STRICT_MARGINS:
-        verdict = ws.judge(new, old, suite=TASKS[0], gate="non_inferiority", margin=margin)
-        say.line(f"margin {100 * margin:.0f} points: {verdict.outcome}; {escape(verdict.reason)}")
+    for margin, confidence in STRICTER:
+        verdict = ws.judge(
+            new, old, suite=TASKS[0], gate="non_inferiority", margin=margin, confidence=confidence
+        )
+        say.line(f"margin {100 * margin:.0f} points: [bold]{verdict.outcome}[/bold]; {escape(verdict.reason)}")
         if verdict.outcome == "inconclusive":
             return
     raise MeristemError("the demo's story broke: no stricter margin was inconclusive")

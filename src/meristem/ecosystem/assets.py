@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from sqlalchemy import Connection, func, insert, select
 
 from meristem.ecosystem.records import Asset
 from meristem.errors import BadInput
+from meristem.store.canonical import PREFIX
 from meristem.store.schema import assets as table
 from meristem.store.store import Transaction, read_document
 
@@ -44,22 +46,22 @@ def add(tx: Transaction, record: Asset) -> AssetEntry:
 def resolve(connection: Connection, kind: str, reference: str) -> AssetEntry:
     """``name`` (the newest), ``name@v2`` or a full digest. Raises ``BadInput`` naming what exists."""
     name, _, selector = reference.partition("@")
-    where = table.c.kind == kind
-    if reference.startswith("sha256:"):
-        where &= table.c.digest == reference
-    else:
-        where &= table.c.name == name
-        if selector:
-            if not (selector.startswith("v") and selector[1:].isdigit()):
-                raise BadInput(f"'{reference}': write {name}@v1")
-            where &= table.c.number == int(selector[1:])
-    row = connection.execute(select(table).where(where).order_by(table.c.number.desc())).first()
-    if row is None:
+    by_digest = reference.startswith(PREFIX)
+    if selector and not by_digest and not re.fullmatch(r"v[0-9]{1,9}", selector):
+        raise BadInput(f"'{reference}': write {name}@v1")
+    where = table.c.digest == reference if by_digest else table.c.name == name
+    query = select(table).where((table.c.kind == kind) & where).order_by(table.c.number.desc())
+    rows = connection.execute(query).all()
+    if not rows:
         names = connection.scalars(
             select(table.c.name).where(table.c.kind == kind).distinct().order_by(table.c.name)
         )
         known = ", ".join(names) or "none yet"
         raise BadInput(f"unknown {kind} '{reference}'; here: {known}")
+    wanted = [row for row in rows if not selector or row.number == int(selector[1:])]
+    if not wanted:
+        raise BadInput(f"{kind} '{name}' has no {selector}; the newest is v{rows[0].number}")
+    row = wanted[0]
     return _entry(connection, row.digest, row.kind, row.name, row.number)
 
 

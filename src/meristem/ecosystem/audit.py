@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, LargeBinary, Row, cast, func, select
 
+from meristem.ecosystem.records import references
+from meristem.errors import BadInput, EnvironmentFailure, Tampered
 from meristem.store import evidence
 from meristem.store.canonical import digest_bytes, parse
+from meristem.store.packs import Location
 from meristem.store.schema import (
     alias_moves,
     aliases,
@@ -22,7 +25,7 @@ from meristem.store.schema import (
     records,
 )
 from meristem.store.schema import versions as version_table
-from meristem.store.store import Store, locate
+from meristem.store.store import Store, location_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -67,12 +70,13 @@ def verify(store: Store, progress: Progress | None = None, expected_head: str | 
         expected = _walk_chain(connection, audit, progress)
         if expected_head is not None:
             known = connection.scalar(select(events.c.sequence).where(events.c.hash == expected_head))
-            if known is None:
+            if known is None and expected_head != evidence.GENESIS:
                 audit.problems.append(f"the chain does not contain the head {expected_head} kept outside")
-        _check_documents(connection, expected, audit)
         _check_indexes(connection, expected, audit)
-        _check_references(connection, audit)
-    _check_blobs(store, audit, progress)
+        named = _check_documents(connection, expected, audit)
+        locations = _locations(connection, named, audit)
+    _check_packs(store, sorted({location.pack for location in locations}), audit)
+    _check_blobs(store, locations, audit, progress)
     return audit
 
 
@@ -84,7 +88,10 @@ def _walk_chain(connection: Connection, audit: Audit, progress: Progress | None)
         if problem:
             audit.problems.append(f"event {sequence}: {problem}")
         if event is not None:
-            _fold(expected, event)
+            try:
+                _fold(expected, event)
+            except (KeyError, TypeError) as error:
+                audit.problems.append(f"event {sequence}: its data do not say what happened ({error!r})")
         if progress and audit.events % 256 == 0:
             progress("events", audit.events, total)
     audit.head = evidence.head(connection)[1]
@@ -114,17 +121,34 @@ def _fold(expected: _Expected, event: evidence.Event) -> None:
         expected.records[(noun, data["number"])] = (model, document, verb, data.get("result") or result)
 
 
-def _check_documents(connection: Connection, expected: _Expected, audit: Audit) -> None:
-    found = set()
-    for row in connection.execute(select(documents)):
+def _check_documents(connection: Connection, expected: _Expected, audit: Audit) -> dict[str, str]:
+    """Every document, and every document that an event or another document names. Returns the blobs named."""
+    found: set[str] = set()
+    wanted = dict.fromkeys(expected.subjects, "an event")
+    named: dict[str, str] = {}
+    body = cast(documents.c.body, LargeBinary).label("body")  # whatever type somebody gave it
+    for row in connection.execute(select(documents.c.digest, documents.c.schema, body)):
         audit.documents += 1
         found.add(row.digest)
-        if digest_bytes(row.body) != row.digest:
-            audit.problems.append(f"document {row.digest} ({row.schema}): its bytes do not match its digest")
-        elif parse(row.body).get("schema") != row.schema:
-            audit.problems.append(f"document {row.digest}: its schema column does not match its bytes")
-    for missing in sorted(expected.subjects - found):
-        audit.problems.append(f"document {missing}: named by an event but missing")
+        try:
+            below, blobs_below = _references(row)
+        except (ValueError, RecursionError, BadInput) as error:
+            audit.problems.append(f"document {row.digest} ({row.schema}): {error}")
+            continue
+        wanted |= dict.fromkeys(below, f"document {row.digest}")
+        named |= dict.fromkeys(blobs_below, f"document {row.digest}")
+    for missing in sorted(wanted.keys() - found, key=str):
+        audit.problems.append(f"document {missing}: named by {wanted[missing]} but missing")
+    return named
+
+
+def _references(row: Row) -> tuple[set[str], set[str]]:
+    if digest_bytes(row.body) != row.digest:
+        raise ValueError("its bytes do not match its digest")
+    document = parse(row.body)
+    if not isinstance(document, dict) or document.get("schema") != row.schema:
+        raise ValueError("its schema column does not match its bytes")
+    return references(document)
 
 
 def _check_indexes(connection: Connection, expected: _Expected, audit: Audit) -> None:
@@ -161,32 +185,36 @@ def _check_indexes(connection: Connection, expected: _Expected, audit: Audit) ->
                 audit.problems.append(f"{what} {name}: the table does not match the evidence")
 
 
-def _check_references(connection: Connection, audit: Audit) -> None:
-    """Every blob that a document names must have a place in a pack."""
-    for row in connection.execute(select(documents)):
-        if row.schema not in ("meristem/content/v1", "meristem/asset/v1", "meristem/evaluation/v1"):
-            continue
+def _locations(connection: Connection, named: dict[str, str], audit: Audit) -> list[Location]:
+    """The blob index; every blob that a document names must have a place in a pack."""
+    known, locations = set(), []
+    for row in connection.execute(select(blobs).order_by(blobs.c.pack, blobs.c.offset)):
+        known.add(row.digest)
         try:
-            fields = parse(row.body)
-        except ValueError:
-            continue  # reported as a document already
-        named = [*fields.get("files", {}).values(), *fields.get("tensors", {}).values()]
-        if "results" in fields:
-            named.append(fields["results"])
-        missing = sorted(set(named) - set(locate(connection, named)))
-        audit.problems += [
-            f"blob {digest}: named by document {row.digest} but not stored" for digest in missing
-        ]
+            locations.append(location_of(row))
+        except Tampered as error:
+            audit.problems.append(str(error))
+    for missing in sorted(named.keys() - known, key=str):
+        audit.problems.append(f"blob {missing}: named by {named[missing]} but not stored")
+    return locations
 
 
-def _check_blobs(store: Store, audit: Audit, progress: Progress | None) -> None:
-    with store.database.read() as connection:
-        found = locate(connection, connection.scalars(select(blobs.c.digest)))
-    for location in found.values():
+def _check_packs(store: Store, packs: list[str], audit: Audit) -> None:
+    """The headers, from which the index can be rebuilt."""
+    for pack in packs:
+        try:
+            for _ in store.packs.entries(pack):
+                pass
+        except (Tampered, EnvironmentFailure) as error:
+            audit.problems.append(f"pack {pack}: {error}")
+
+
+def _check_blobs(store: Store, locations: list[Location], audit: Audit, progress: Progress | None) -> None:
+    for location in locations:
         audit.blobs += 1
-        if not store.packs.intact(location):
-            audit.problems.append(
-                f"blob {location.digest}: its bytes in pack {location.pack} do not match its digest"
-            )
-        if progress and (audit.blobs % 64 == 0 or audit.blobs == len(found)):
-            progress("blobs", audit.blobs, len(found))
+        try:
+            store.packs.read(location)
+        except (Tampered, EnvironmentFailure) as error:
+            audit.problems.append(f"blob {location.digest}: {error}")
+        if progress and (audit.blobs % 64 == 0 or audit.blobs == len(locations)):
+            progress("blobs", audit.blobs, len(locations))

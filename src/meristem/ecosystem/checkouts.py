@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -30,9 +31,9 @@ class Checkout:
 def cached(store: Store, content_digest: str, progress: Progress | None = None) -> Checkout:
     """The engine's copy of a content, made on first use and checked against its digests every time."""
     content = _content(store, content_digest)
-    base = cached(store, content.base, progress).folder if content.base else None
+    base = cached(store, content.base, progress).folder.absolute() if content.base else None
     folder = store.root / "cache" / content_digest.removeprefix(PREFIX)[:24]
-    if not (folder.exists() and folders.matches(content, folder)):
+    if not (folder.exists() and folders.matches(content, folder, base)):
         _replace(store, content, folder, base, progress)
     return Checkout(folder, base)
 
@@ -42,9 +43,8 @@ def export(store: Store, version: VersionEntry, folder: Path, progress: Progress
 
     ``folder/meristem.json`` says which version it is. Raises ``BadInput`` when ``folder`` is not empty.
     """
-    folder = folder.absolute()
-    if folder.exists() and any(folder.iterdir()):
-        raise BadInput(f"{folder}: the folder is not empty; give a new one")
+    folder = folder.resolve()
+    _check_new(folder)
     content = _content(store, version.content)
     base = folder / "base" if content.base else None
     temporary = folder.with_name(f".{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
@@ -59,14 +59,22 @@ def export(store: Store, version: VersionEntry, folder: Path, progress: Progress
             "base": content.base,
         }
         (temporary / "meristem.json").write_text(json.dumps(about, indent=2) + "\n")
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
+        temporary.rename(folder)  # takes the place of an empty folder, and of nothing else
     except OSError as error:
         raise disk_failure(error, folder) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Checkout(folder, base)
+
+
+def _check_new(folder: Path) -> None:
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise BadInput(f"{folder}: the folder is not empty; give a new one")
+    except NotADirectoryError as error:
+        raise BadInput(f"{folder}: this is a file; give a new folder") from error
+    except OSError as error:
+        raise disk_failure(error, folder) from error
 
 
 def _content(store: Store, digest: str) -> Content:
@@ -78,14 +86,16 @@ def _replace(
     store: Store, content: Content, folder: Path, base: Path | None, progress: Progress | None
 ) -> None:
     temporary = folder.with_name(f".{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    damaged = temporary.with_name(f"{temporary.name}-damaged")
     try:
         folders.checkout(store, content, temporary, base_folder=base, progress=progress)
-        if folder.exists():
-            shutil.rmtree(folder)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(damaged)
         temporary.rename(folder)
     except OSError as error:
-        if folders.matches(content, folder):  # another process made it first
+        if folders.matches(content, folder, base):  # another process made it first
             return
         raise disk_failure(error, folder) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(damaged, ignore_errors=True)

@@ -8,17 +8,20 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from meristem.ecosystem.records import Content
 from meristem.errors import BadInput, Tampered
 from meristem.store.canonical import digest_bytes, digest_tensor
-from meristem.store.packs import Blob, Location, disk_failure, safetensors_entries
+from meristem.store.packs import DTYPE_SIZE, Blob, Location, disk_failure, safetensors_entries
 from meristem.store.store import Store
 
 ADAPTER_CONFIG = "adapter_config.json"
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+WEIGHTS = {"full": "model.safetensors", "adapter": "adapter_model.safetensors"}
 _KEPT_SUFFIXES = {".json", ".jinja", ".txt", ".model"}
-_SKIPPED = {"model.safetensors.index.json", "trainer_state.json", "meristem.json"}
+_SKIPPED = {INDEX, "trainer_state.json", "meristem.json"}
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 Progress = Callable[[int, int], None]
@@ -32,44 +35,78 @@ def ingest(folder: Path, base: str | None = None) -> Iterator[tuple[Content, lis
     safetensors weights or without a configuration, and for pickled weights, which are never opened.
     """
     folder = Path(folder)
-    weights = _weight_files(folder)
-    is_adapter = (folder / ADAPTER_CONFIG).exists()
-    if not is_adapter and not (folder / "config.json").exists():
-        raise BadInput(
-            f"{folder}: no config.json or {ADAPTER_CONFIG}; give a Hugging Face model or PEFT folder"
-        )
-    if is_adapter and base is None:
-        raise BadInput(f"{folder}: this is an adapter; name the model that it sits on with --base")
     with ExitStack() as stack:
-        tensors: dict[str, Blob] = {}
-        for path in weights:
-            tensors |= _tensors(path, stack)
-        files = {path.name: Blob.file(_file_bytes(path)) for path in _config_files(folder)}
-        content = Content(
-            kind="adapter" if is_adapter else "full",
-            base=base if is_adapter else None,
-            tensors={name: blob.digest for name, blob in sorted(tensors.items())},
-            files={name: blob.digest for name, blob in sorted(files.items())},
-        )
-        yield content, [*tensors.values(), *files.values()]
+        try:
+            content, blobs = _read_folder(folder, base, stack)
+        except OSError as error:
+            raise BadInput(f"{error.filename or folder}: cannot be read ({error.strerror})") from error
+        yield content, blobs
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _read_folder(folder: Path, base: str | None, stack: ExitStack) -> tuple[Content, list[Blob]]:
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; give a local Hugging Face folder or `embedded`")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickled = [path.name for path in sorted(folder.iterdir()) if path.suffix in _PICKLED]
-        why = f"only pickled weights ({pickled[0]}), which are never opened" if pickled else "no weights"
-        raise BadInput(f"{folder}: {why}; save the model as safetensors (save_pretrained does)")
-    return weights
+    kind: Literal["full", "adapter"] = "adapter" if (folder / ADAPTER_CONFIG).exists() else "full"
+    if kind == "full" and not (folder / CONFIG).exists():
+        raise BadInput(f"{folder}: no {CONFIG} or {ADAPTER_CONFIG}; give a Hugging Face model or PEFT folder")
+    if kind == "adapter" and base is None:
+        raise BadInput(f"{folder}: this is an adapter; name the model that it sits on with --base")
+    tensors: dict[str, Blob] = {}
+    for path, wanted in _weight_files(folder, kind).items():
+        tensors |= _tensors(path, wanted, stack)
+    if not tensors:
+        raise BadInput(f"{folder}: the weights hold no tensor; save the model again")
+    files = {path.name: Blob.file(_file_bytes(path)) for path in _config_files(folder)}
+    content = Content(
+        kind=kind,
+        base=base if kind == "adapter" else None,
+        tensors={name: blob.digest for name, blob in sorted(tensors.items())},
+        files={name: blob.digest for name, blob in sorted(files.items())},
+    )
+    return content, [*tensors.values(), *files.values()]
 
 
-def _tensors(path: Path, stack: ExitStack) -> dict[str, Blob]:
+def _weight_files(folder: Path, kind: str) -> dict[Path, set[str] | None]:
+    """The files that transformers or PEFT would load, and the tensors each must hold (None: whatever it does).
+
+    Others that lie beside them (consolidated or half-precision copies) are not the model.
+    """
+    whole = folder / WEIGHTS[kind]
+    if whole.exists():
+        return {whole: None}
+    if kind == "full" and (folder / INDEX).exists():
+        return _shards(folder / INDEX)
+    other = [path.name for path in sorted(folder.iterdir()) if path.suffix in {*_PICKLED, ".safetensors"}]
+    pickled = [name for name in other if not name.endswith(".safetensors")]
+    why = f"no {WEIGHTS[kind]}" + (f", only {other[0]}" if other else "")
+    if pickled and pickled == other:
+        why = f"only pickled weights ({pickled[0]}), which are never opened"
+    raise BadInput(f"{folder}: {why}; save the model as safetensors (save_pretrained does)")
+
+
+def _shards(index: Path) -> dict[Path, set[str] | None]:
+    shards: dict[Path, set[str] | None] = {}
+    try:
+        for tensor, name in json.loads(index.read_bytes())["weight_map"].items():
+            if Path(name).name != name:
+                raise ValueError(f"'{name}' lies outside the folder")
+            names = shards.setdefault(index.parent / name, set())
+            assert names is not None
+            names.add(tensor)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{index}: not an index of shards ({error})") from error
+    return shards
+
+
+def _tensors(path: Path, wanted: set[str] | None, stack: ExitStack) -> dict[str, Blob]:
+    if not path.exists():
+        raise BadInput(f"{path}: this shard is missing; copy the whole folder again")
     try:
         entries = safetensors_entries(path)
     except ValueError as error:
         raise BadInput(f"{path}: {error}") from error
+    if lost := sorted((wanted or set()) - set(entries)):
+        raise BadInput(f"{path}: {INDEX} promises tensor {lost[0]}, which is not here; copy the folder again")
     file = stack.enter_context(path.open("rb"))
     mapped = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     view = memoryview(mapped)
@@ -91,12 +128,21 @@ def _config_files(folder: Path) -> list[Path]:
 
 
 def _file_bytes(path: Path) -> bytes:
-    return _neutral_adapter_config(path.read_bytes()) if path.name == ADAPTER_CONFIG else path.read_bytes()
+    """What is stored of a file. Raises ``BadInput`` for a configuration that is no JSON object."""
+    body = path.read_bytes()
+    if path.name not in (CONFIG, ADAPTER_CONFIG):
+        return body
+    try:
+        config = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise BadInput(f"{path}: not a JSON object; save the model again")
+    return _neutral_adapter_config(config) if path.name == ADAPTER_CONFIG else body
 
 
-def _neutral_adapter_config(body: bytes) -> bytes:
+def _neutral_adapter_config(config: dict[str, Any]) -> bytes:
     """PEFT writes sets in any order and the base's path of this machine: neither belongs to the content."""
-    config = json.loads(body)
     config["base_model_name_or_path"] = None
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(config.get(key), list):
@@ -124,8 +170,7 @@ def checkout(
             if name == ADAPTER_CONFIG and base_folder is not None:
                 body = _with_base(body, base_folder)
             (folder / name).write_bytes(body)
-        weights = "adapter_model.safetensors" if content.kind == "adapter" else "model.safetensors"
-        _write_weights(store, content, folder / weights, progress)
+        _write_weights(store, content, folder / WEIGHTS[content.kind], progress)
     except OSError as error:
         raise disk_failure(error, folder) from error
 
@@ -139,8 +184,10 @@ def _with_base(body: bytes, base_folder: Path) -> bytes:
 def _write_weights(store: Store, content: Content, path: Path, progress: Progress | None) -> None:
     locations = store.locations(set(content.tensors.values()))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, digest in content.tensors.items():
+    position = done = 0
+    # As safetensors' own writer: widest elements first, then by name, so that every tensor is aligned.
+    order = sorted(content.tensors.items(), key=lambda item: (-_width(locations[item[1]]), item[0]))
+    for name, digest in order:
         found = locations[digest]
         header[name] = {
             "dtype": found.dtype,
@@ -153,10 +200,18 @@ def _write_weights(store: Store, content: Content, path: Path, progress: Progres
     with path.open("wb") as file, ExitStack() as stack:
         packs = {p: stack.enter_context(store.mapped(p)) for p in {x.pack for x in locations.values()}}
         file.write(struct.pack("<Q", len(body)) + body)
-        for digest in content.tensors.values():
-            file.write(_checked(locations[digest], packs[locations[digest].pack]))
+        for _, digest in order:
+            done += file.write(_checked(locations[digest], packs[locations[digest].pack]))
             if progress:
-                progress(file.tell(), position)
+                progress(done, position)
+
+
+def _width(location: Location) -> int:
+    if location.dtype not in DTYPE_SIZE:
+        raise Tampered(
+            f"blob {location.digest} is named as a tensor and stored as {location.dtype or 'a file'}"
+        )
+    return DTYPE_SIZE[location.dtype]
 
 
 def _checked(location: Location, pack: memoryview) -> memoryview:
@@ -166,23 +221,24 @@ def _checked(location: Location, pack: memoryview) -> memoryview:
     return part
 
 
-def matches(content: Content, folder: Path) -> bool:
-    """Whether ``folder`` still holds exactly ``content`` (an adapter's base path aside)."""
-    weights = "adapter_model.safetensors" if content.kind == "adapter" else "model.safetensors"
+def matches(content: Content, folder: Path, base_folder: Path | None = None) -> bool:
+    """Whether ``folder`` holds exactly ``content``, nothing beside it, and an adapter points at ``base_folder``."""
+    weights = WEIGHTS[content.kind]
     try:
         entries = safetensors_entries(folder / weights)
-        files_good = all(_file_digest(folder / name) == d for name, d in content.files.items())
         return (
-            files_good
+            {path.name for path in folder.iterdir()} == {weights, *content.files}
             and set(entries) == set(content.tensors)
+            and all(digest_bytes(_file_bytes(folder / name)) == d for name, d in content.files.items())
+            and (base_folder is None or _base_of(folder) == str(base_folder))
             and _tensors_match(content, folder / weights, entries)
         )
-    except (OSError, ValueError):
+    except (OSError, ValueError, BadInput):
         return False
 
 
-def _file_digest(path: Path) -> str:
-    return digest_bytes(_file_bytes(path))
+def _base_of(folder: Path) -> Any:
+    return json.loads((folder / ADAPTER_CONFIG).read_bytes())["base_model_name_or_path"]
 
 
 def _tensors_match(content: Content, path: Path, entries: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ number, ``KIND.STATUS`` every later change.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -45,7 +46,8 @@ class Entry:
         return f"{self.kind}-{self.number}"
 
     def as_(self, kind: type[R]) -> R:
-        assert isinstance(self.record, kind)
+        if not isinstance(self.record, kind):
+            raise BadInput(f"{self.id} is not a {kind.__name__.lower()}; give the id of one")
         return self.record
 
 
@@ -72,18 +74,18 @@ def set_status(
 def find(connection: Connection, name: str) -> Entry:
     """The record called ``kind-number``. Raises ``BadInput`` when there is none."""
     kind, _, number = name.rpartition("-")
-    if kind not in KINDS or not number.isdigit():
+    if kind not in KINDS or not re.fullmatch(r"[0-9]{1,9}", number):
         raise BadInput(f"'{name}' is not a record id; they look like decision-1 or update-2")
     rows = entries(connection, kind, number=int(number))
     if not rows:
-        raise BadInput(
-            f"there is no {name}; `meristem {kind} list` or `meristem log show` name those there are"
-        )
+        newest = connection.scalar(select(func.max(table.c.number)).where(table.c.kind == kind))
+        here = f"the newest is {kind}-{newest}" if newest else f"there is no {kind} yet"
+        raise BadInput(f"there is no {name}; {here}")
     return rows[0]
 
 
 def by_digest(connection: Connection, kind: str, digest: str) -> Entry:
-    found = [entry for entry in entries(connection, kind) if entry.digest == digest]
+    found = entries(connection, kind, digest=digest)
     if not found:
         raise BadInput(f"there is no {kind} {digest}")
     return found[-1]
@@ -96,6 +98,7 @@ def entries(
     model: str | None = None,
     status: str | None = None,
     number: int | None = None,
+    digest: str | None = None,
 ) -> list[Entry]:
     query = select(table).where(table.c.kind == kind).order_by(table.c.number)
     if model is not None:
@@ -104,6 +107,8 @@ def entries(
         query = query.where(table.c.status == status)
     if number is not None:
         query = query.where(table.c.number == number)
+    if digest is not None:
+        query = query.where(table.c.document == digest)
     return [
         Entry(
             kind,

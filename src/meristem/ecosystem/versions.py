@@ -33,15 +33,13 @@ class VersionEntry:
 
 def create(tx: Transaction, content: Content, record: Version) -> VersionEntry:
     """Add a version; the same version twice is the same version (nothing is written the second time)."""
-    tx.add_document(content.document())
+    if tx.add_document(content.document()) != record.content:
+        raise ValueError("the version names another content than the one given with it")
     digest = tx.add_document(record.document())
     found = tx.connection.execute(select(versions).where(versions.c.digest == digest)).first()
     if found:
         return _entry(tx.connection, found)
-    newest = (
-        tx.connection.scalar(select(func.max(versions.c.number)).where(versions.c.model == record.model)) or 0
-    )
-    number = newest + 1
+    number = _newest(tx.connection, record.model) + 1
     tx.connection.execute(
         insert(versions).values(digest=digest, model=record.model, number=number, content=record.content)
     )
@@ -59,7 +57,7 @@ def resolve(connection: Connection, reference: str) -> VersionEntry:
         known = ", ".join(connection.scalars(select(models.c.name).order_by(models.c.name))) or "none yet"
         raise BadInput(f"unknown model '{name}'; models here: {known}")
     selector = selector or aliases.CHAMPION
-    if re.fullmatch(r"v\d+", selector):
+    if re.fullmatch(r"v[0-9]{1,9}", selector):
         where = versions.c.number == int(selector[1:])
     elif selector.startswith(PREFIX):
         if len(selector) < len(PREFIX) + 12:
@@ -74,7 +72,7 @@ def resolve(connection: Connection, reference: str) -> VersionEntry:
     rows = connection.execute(select(versions).where((versions.c.model == name) & where)).all()
     if len(rows) != 1:
         what = "several versions match" if rows else "no such version"
-        raise BadInput(f"'{reference}': {what}; `meristem model list` shows them")
+        raise BadInput(f"'{reference}': {what}; {name} has v1 to v{_newest(connection, name)}")
     return _entry(connection, rows[0])
 
 
@@ -105,6 +103,10 @@ def ancestors(connection: Connection, version: VersionEntry) -> Iterator[Version
         entry = by_digest(connection, digest)
         yield entry
         queue += entry.record.parents or ([entry.record.base] if entry.record.base else [])
+
+
+def _newest(connection: Connection, model: str) -> int:
+    return connection.scalar(select(func.max(versions.c.number)).where(versions.c.model == model)) or 0
 
 
 def _entry(connection: Connection, row: Row) -> VersionEntry:

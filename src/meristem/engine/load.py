@@ -52,7 +52,8 @@ def load(
     """Load a Hugging Face folder, or a PEFT adapter folder over ``base_folder``.
 
     Weights come from safetensors only and nothing is fetched from a hub. An adapter stays unmerged:
-    merging rounds the weights, and what is scored must be what is served. The tokenizer is the
+    merging rounds the weights, and what is scored must be what is served. It is loaded as plain PEFT
+    does (fp32 adapter weights over a half-precision base), so that a checkout answers the same. The tokenizer is the
     adapter's own when its folder has one.
     """
     folder = Path(folder)
@@ -114,7 +115,7 @@ def _load_adapter(folder: Path, base_folder: Path, dtype: torch.dtype) -> Any:
 
     base = _load_plain(base_folder, dtype)
     try:
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=False, autocast_adapter_dtype=False)
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=False)
     except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
         message = f"the adapter does not fit {base_folder}: {_first_line(error)}"
         raise BadInput.at(folder, None, message) from error

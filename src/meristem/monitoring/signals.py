@@ -35,6 +35,16 @@ def add(
         return ledger.open_record(tx, "signal", record, model, status="pending")
 
 
+def close(store: Store, actor: str, signal: Entry, reason: str) -> None:
+    """Take a pending signal back. Raises ``BadInput`` for one that was answered already."""
+    signal.as_(Signal)
+    with store.transaction(actor, reason or f"{signal.id} taken back") as tx:
+        now = ledger.find(tx.connection, signal.id)
+        if now.status != "pending":
+            raise BadInput(f"{signal.id} is {now.status}; only a pending signal can be closed")
+        ledger.set_status(tx, signal, "closed")
+
+
 def regression(tx: Transaction, plan: Plan, decision: Entry, attempts: int) -> Entry | None:
     """The regression signal that a failed decision emits, or None when its attempts are used up."""
     if plan.attempt >= attempts:

@@ -20,6 +20,7 @@ from meristem.store.store import Store, Transaction, read_document
 
 # What each kind of signal is answered with; signals that bring no data wait for some.
 _RETRY = {"regression", "incident"}
+_SHAPES = {"cit": ("messages", "prompt-completion")}
 _NOT_BUILT = {
     "base-upgrade": "rebasing onto a new foundation (capability transfer) is not built yet: "
     "keep the pinned base, or add a model on the new one and train it from the recorded data",
@@ -45,7 +46,7 @@ def plan_next(store: Store, actor: str, settings: ModelSettings, model: str) -> 
             else pending[:1]
         )
         plan = _plan(connection, settings, model, together)
-    recipe = resolve_recipe(settings.recipe, {"methods": _methods(settings, plan.attempt, first.kind)})
+    recipe = _recipe(settings, plan.attempt, first.kind)
     return record_plan(store, actor, plan, recipe if plan.action == "update" else None, together)
 
 
@@ -78,7 +79,7 @@ def record_plan(
     """
     if recipe is not None:
         for digest in plan.data:
-            _refuse_leaks(store, digest)
+            _refuse_unfit(store, digest, recipe.stage)
     with store.transaction(actor, plan.reason) as tx:
         if recipe is not None:
             budget = _budget(tx.connection, plan.data, recipe)
@@ -104,7 +105,7 @@ def _plan(connection: Connection, settings: ModelSettings, model: str, signals: 
     ids = [entry.digest for entry in signals]
     if first.kind in _NOT_BUILT or not data:
         reason = _NOT_BUILT.get(
-            first.kind, f"the {first.kind} signal brings no data to learn from; add some to it"
+            first.kind, f"the {first.kind} signal brings no data to learn from; add a signal with some"
         )
         return Plan(model=model, action="wait", reason=reason, signals=ids, parent=parent.digest)
     suites, fixed = _criteria(connection, settings, parent, data)
@@ -127,11 +128,17 @@ def _reason(signal: Signal) -> str:
     return f"{signal.kind}: {signal.note or 'learn it on top of the champion'}"
 
 
-def _methods(settings: ModelSettings, attempt: int, kind: str) -> list[dict[str, object]]:
-    """First attempts use the model's plain methods, what follows a regression or an incident the protecting ones."""
+def _recipe(settings: ModelSettings, attempt: int, kind: str) -> Recipe:
+    """First attempts use the model's plain methods, what follows a regression or an incident the protecting ones.
+
+    The same recipe again would give the same weights, so from the third attempt on each halves the learning rate.
+    """
     chosen = settings.retry_methods if attempt > 1 or kind in _RETRY else settings.methods
     built = [parse(text) for text in chosen]
-    return [{"name": method.label, "arguments": method.arguments()} for method in built]
+    methods = [{"name": method.label, "arguments": method.arguments()} for method in built]
+    recipe = resolve_recipe(settings.recipe, {"methods": methods})
+    gentler = recipe.learning_rate * 0.5 ** max(0, attempt - 2)
+    return recipe.model_copy(update={"learning_rate": gentler})
 
 
 def _criteria(
@@ -159,8 +166,14 @@ def _facts(connection: Connection, digest: str) -> dict[str, Any]:
     return Asset.from_document(read_document(connection, digest)).facts
 
 
-def _refuse_leaks(store: Store, digest: str) -> None:
+def _refuse_unfit(store: Store, digest: str, stage: str) -> None:
+    """Raises ``BadInput`` for data that the stage cannot learn, or that holds test items."""
     with store.database.read() as connection:
         entry = assets.resolve(connection, "dataset", digest)
         suites = criteria.newest_suites(connection)
+    shape = entry.record.facts["shape"]
+    if shape not in _SHAPES[stage]:
+        raise BadInput(
+            f"data {entry.label} has {shape} rows; stage {stage} learns {' and '.join(_SHAPES[stage])} rows"
+        )
     refuse_leaks(store, f"data {entry.label}", load_rows(store, entry.record.files), suites)

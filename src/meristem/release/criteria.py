@@ -24,14 +24,14 @@ def spelled_out(
     """Every (gate, suite, arguments) of the policy for an update that teaches ``new`` on top of ``old`` tasks.
 
     ``new`` suites test a task that this update teaches first; ``learned`` ones a task taught before, and every
-    suite of kind general, instruction or safety. Raises ``BadInput`` for a suite or gate that does not exist.
+    suite of kind general, instruction or safety; a suite can be both. Raises ``BadInput`` for a suite or gate that does not exist.
     """
     newest = {entry.name: entry for entry in suites}
     taught = {name for name, e in newest.items() if _tasks(e) & (new - old)}
     learned = {
         name for name, e in newest.items() if _tasks(e) & old or set(e.record.facts["kinds"]) & _ALWAYS_KEPT
     }
-    groups = {"new": taught, "learned": learned - taught, "all": set(newest)}
+    groups = {"new": taught, "learned": learned, "all": set(newest)}
     criteria = []
     for gate in settings.gates:
         gates.build(gate.gate, gate.arguments)

@@ -80,6 +80,21 @@ def rollback(store: Store, actor: str, model: str, to: VersionEntry | None = Non
         return ledger.open_record(tx, "release", release, model, status="done")
 
 
+def is_released(store: Store, plan: Entry, version: VersionEntry) -> bool:
+    """Whether ``version`` is the champion, or a decision of ``plan`` released it (and it was taken back since)."""
+    with store.database.read() as connection:
+        return _is_released(connection, plan, version)
+
+
+def _is_released(connection: Connection, plan: Entry, version: VersionEntry) -> bool:
+    if aliases.champion(connection, version.model).version == version.digest:
+        return True
+    releases = [entry.as_(Release) for entry in ledger.entries(connection, "release", model=version.model)]
+    made = {release.decision for release in releases if release.version == version.digest}
+    decisions = ledger.entries(connection, "decision", model=version.model)
+    return any(entry.digest in made and entry.as_(Decision).plan == plan.digest for entry in decisions)
+
+
 def check_bytes(store: Store, connection: Connection, version: VersionEntry) -> None:
     """Raises ``Tampered`` unless every tensor and file of the version (its base's included) is intact."""
     digest: str | None = version.content

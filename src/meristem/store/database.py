@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, create_engine, event, insert, select
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy import Connection, create_engine, event, insert, inspect, select
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from meristem.errors import BadInput, EnvironmentFailure, StateMoved
 from meristem.store.schema import SCHEMA_VERSION, metadata, settings
@@ -28,12 +28,27 @@ class Database:
         event.listen(self.engine, "begin", _begin)
 
     def create(self) -> None:
-        """Make the tables of a new workspace."""
-        with self.write() as connection:
-            metadata.create_all(connection)
-            connection.execute(insert(settings).values(key="schema_version", value=str(SCHEMA_VERSION)))
+        """Make the tables of a new workspace. Raises ``StateMoved`` when there are some already."""
+        try:
+            with self.write() as connection:
+                metadata.create_all(connection)
+                connection.execute(insert(settings).values(key="schema_version", value=str(SCHEMA_VERSION)))
+        except IntegrityError as error:
+            raise StateMoved(f"{self.path}: another process made this workspace; open it") from error
+
+    def exists(self) -> bool:
+        """Whether ``create`` has run to its end."""
+        if not self.path.exists():
+            return False
+        with self.read() as connection:
+            return inspect(connection).has_table(settings.name)
 
     def check_schema(self) -> None:
+        """Raises ``BadInput`` unless this Meristem reads the database's schema."""
+        if not self.exists():
+            raise EnvironmentFailure(
+                f"{self.path}: not a workspace's database; restore the file from a backup"
+            )
         with self.read() as connection:
             found = connection.scalar(select(settings.c.value).where(settings.c.key == "schema_version"))
         if found != str(SCHEMA_VERSION):

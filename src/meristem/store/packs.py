@@ -12,6 +12,7 @@ back against its digests before anybody may refer to it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -51,6 +52,8 @@ class Blob:
     @classmethod
     def tensor(cls, dtype: str, shape: Iterable[int], data: bytes | memoryview) -> Blob:
         shape = tuple(shape)
+        if prod(shape) * DTYPE_SIZE[dtype] != _length(data):
+            raise ValueError(f"{_length(data)} bytes do not fill a tensor of {dtype} {list(shape)}")
         return cls(digest_tensor(dtype, shape, data), data, dtype, shape)
 
     @classmethod
@@ -60,6 +63,10 @@ class Blob:
     @property
     def name(self) -> str:
         return f"{'file' if self.dtype is None else 'tensor'}/{self.digest}"
+
+    @property
+    def alignment(self) -> int:
+        return DTYPE_SIZE[self.dtype] if self.dtype else 1
 
 
 @dataclass(frozen=True)
@@ -92,28 +99,31 @@ class Packs:
         """Store ``blobs`` as one new pack and return where each lies; an empty list writes nothing.
 
         On return the bytes are durable and have been read back. Raises ``EnvironmentFailure`` when the disk
-        refuses (full, read-only, I/O error); nothing but a temporary file, which is removed, was made then.
+        refuses (full, read-only, I/O error). Then nothing refers to what was written: the temporary file is
+        removed, and at worst (the folder would not sync) a whole pack that nobody names is left.
         """
-        unique = {blob.name: blob for blob in blobs}
-        if not unique:
+        by_name = {blob.name: blob for blob in blobs}
+        if not by_name:
             return []
-        header, offsets = _header(unique.values())
+        # Widest elements first, so that every tensor is aligned for whoever maps the file.
+        unique = sorted(by_name.values(), key=lambda blob: -blob.alignment)
+        header, offsets = _header(unique)
         pack = PREFIX + hashlib.sha256(header).hexdigest()
         locations = [
             Location(blob.digest, pack, len(header) + start, end - start, blob.dtype, blob.shape)
-            for blob, (start, end) in zip(unique.values(), offsets, strict=True)
+            for blob, (start, end) in zip(unique, offsets, strict=True)
         ]
         temporary = self.root / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            _write_synced(temporary, header, unique.values(), progress)
+            _make_folder(self.root)
+            _write_synced(temporary, header, unique, progress)
             self._read_back(temporary, locations)
             temporary.replace(self.path(pack))
             _sync_folder(self.root)
         except OSError as error:
             raise disk_failure(error, self.root) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            _discard(temporary)
         return locations
 
     def path(self, pack: str) -> Path:
@@ -129,7 +139,10 @@ class Packs:
         return data
 
     def intact(self, location: Location) -> bool:
-        """Whether the bytes of ``location`` are there and match their digest."""
+        """Whether the bytes of ``location`` are there and match their digest.
+
+        Raises ``EnvironmentFailure`` when the disk cannot say.
+        """
         try:
             return location.check(self._slice(location))
         except Tampered:
@@ -138,7 +151,28 @@ class Packs:
     def headers(self) -> Iterator[Location]:
         """Every entry of every pack, from the packs alone (to rebuild or check the database's index)."""
         for path in sorted(self.root.glob("*.safetensors")):
-            yield from _entries(path)
+            yield from self.entries(PREFIX + path.stem)
+
+    def entries(self, pack: str) -> Iterator[Location]:
+        """Every entry of one pack. Raises ``Tampered`` unless the header is the one that names the pack."""
+        path = self.path(pack)
+        try:
+            raw = _header_bytes(path)
+        except FileNotFoundError as error:
+            raise Tampered(f"{path}: the pack is missing") from error
+        except ValueError as error:
+            raise Tampered(f"{path}: {error}") from error
+        except OSError as error:
+            raise disk_failure(error, path) from error
+        if digest_bytes(raw) != pack:
+            raise Tampered(f"{path}: the pack's header does not match its name")
+        for name, entry in json.loads(raw[8:]).items():
+            if name == "__metadata__":
+                continue
+            kind, digest = name.split("/", 1)
+            (start, end), is_tensor = entry["data_offsets"], kind == "tensor"
+            dtype, shape = (entry["dtype"], tuple(entry["shape"])) if is_tensor else (None, ())
+            yield Location(digest, pack, len(raw) + start, end - start, dtype, shape)
 
     def _slice(self, location: Location) -> bytes:
         path = self.path(location.pack)
@@ -146,6 +180,8 @@ class Packs:
             data: bytes = self.fs.cat_file(str(path), location.offset, location.offset + location.length)
         except FileNotFoundError as error:
             raise Tampered(f"{path}: the pack is missing") from error
+        except OSError as error:
+            raise disk_failure(error, path) from error
         if len(data) != location.length:
             raise Tampered(f"{path}: the pack is cut short")
         return data
@@ -161,7 +197,7 @@ class Packs:
 
 
 def disk_failure(error: OSError, where: Path) -> EnvironmentFailure:
-    """One line for an operating-system error while writing."""
+    """One line for an operating-system error while reading or writing the workspace."""
     remedy = {
         errno.ENOSPC: "free some space and repeat the command",
         errno.EDQUOT: "the quota is used up; free some space and repeat the command",
@@ -177,7 +213,7 @@ def _header(blobs: Iterable[Blob]) -> tuple[bytes, list[tuple[int, int]]]:
     entries: dict[str, Any] = {"__metadata__": {"schema": SCHEMA}}
     offsets, position = [], 0
     for blob in blobs:
-        length = len(memoryview(blob.data).cast("B"))
+        length = _length(blob.data)
         shape = list(blob.shape) if blob.dtype else [length]
         entries[blob.name] = {
             "dtype": blob.dtype or "U8",
@@ -191,30 +227,11 @@ def _header(blobs: Iterable[Blob]) -> tuple[bytes, list[tuple[int, int]]]:
     return struct.pack("<Q", len(body)) + body, offsets
 
 
-def _entries(path: Path) -> Iterator[Location]:
-    with path.open("rb") as file:
-        size = struct.unpack("<Q", file.read(8))[0]
-        if size > path.stat().st_size:
-            raise Tampered(f"{path}: the header is cut short")
-        header = json.loads(file.read(size))
-    pack = PREFIX + path.stem
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        kind, digest = name.split("/", 1)
-        start, end = entry["data_offsets"]
-        is_tensor = kind == "tensor"
-        shape = tuple(entry["shape"]) if is_tensor else ()
-        yield Location(
-            digest, pack, 8 + size + start, end - start, entry["dtype"] if is_tensor else None, shape
-        )
-
-
 def _write_synced(
     path: Path, header: bytes, blobs: Iterable[Blob], progress: Callable[[int, int], None] | None
 ) -> None:
     blobs = list(blobs)
-    total = sum(len(memoryview(b.data).cast("B")) for b in blobs)
+    total = sum(_length(b.data) for b in blobs)
     done = 0
     with path.open("xb") as file:
         file.write(header)
@@ -226,6 +243,23 @@ def _write_synced(
                     progress(done, total)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _length(data: bytes | memoryview) -> int:
+    return memoryview(data).nbytes
+
+
+def _make_folder(folder: Path) -> None:
+    """Make ``folder`` if it is missing; its own entry is synced, else a crash could lose it with its packs."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        _sync_folder(folder.parent)
+
+
+def _discard(temporary: Path) -> None:
+    """Remove a temporary file if it is there; a disk that refuses even that was reported already."""
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -240,7 +274,7 @@ def write_file_durably(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a reader sees the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
@@ -250,7 +284,7 @@ def write_file_durably(path: Path, data: bytes) -> None:
     except OSError as error:
         raise disk_failure(error, path) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
 
 
 def safetensors_entries(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
@@ -258,24 +292,42 @@ def safetensors_entries(path: Path) -> dict[str, tuple[str, tuple[int, ...], int
 
     Raises ``ValueError`` when the file is not a complete safetensors file.
     """
-    size_on_disk = path.stat().st_size
+    raw = _header_bytes(path)
+    try:
+        header = json.loads(raw[8:])
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not a safetensors file (its header is not JSON)") from error
+    if not isinstance(header, dict):
+        raise ValueError("not a safetensors file (its header is not a JSON object)")
+    room = path.stat().st_size - len(raw)
+    return {
+        name: _checked_entry(name, entry, len(raw), room)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _header_bytes(path: Path) -> bytes:
+    """The 8-byte length and the JSON header of a safetensors file. ``ValueError`` if it is cut short."""
     with path.open("rb") as file:
         first = file.read(8)
-        if len(first) < 8:
-            raise ValueError("not a safetensors file")
-        size = struct.unpack("<Q", first)[0]
-        if size > size_on_disk:
-            raise ValueError("not a safetensors file")
-        header = json.loads(file.read(size))
-    entries = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        if entry["dtype"] not in DTYPE_SIZE:
-            raise ValueError(f"tensor {name} has the unsupported dtype {entry['dtype']}")
-        if prod(shape) * DTYPE_SIZE[entry["dtype"]] != end - start or 8 + size + end > size_on_disk:
-            raise ValueError(f"tensor {name} is cut short")
-        entries[name] = (entry["dtype"], shape, 8 + size + start, end - start)
-    return entries
+        size = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
+        if not 0 < size <= path.stat().st_size - 8:
+            raise ValueError("not a safetensors file (its header is cut short)")
+        return first + file.read(size)
+
+
+def _checked_entry(name: str, entry: Any, data: int, room: int) -> tuple[str, tuple[int, ...], int, int]:
+    """One entry of a header whose tensor bytes start at ``data`` and fill ``room``."""
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        whole = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"tensor {name} is not described as safetensors does") from error
+    if not whole:
+        raise ValueError(f"tensor {name} has a shape or a place that is not a whole number")
+    if dtype not in DTYPE_SIZE:
+        raise ValueError(f"tensor {name} has the unsupported dtype {dtype}")
+    if prod(shape) * DTYPE_SIZE[dtype] != end - start or end > room:
+        raise ValueError(f"tensor {name} is cut short")
+    return dtype, shape, data + start, end - start

@@ -24,7 +24,7 @@ from meristem.errors import BadInput, Tampered
 from meristem.store import evidence
 from meristem.store.canonical import canonical, digest_bytes, parse
 from meristem.store.database import Database
-from meristem.store.packs import Blob, Location, Packs
+from meristem.store.packs import Blob, Location, Packs, disk_failure
 from meristem.store.schema import blobs as blob_table
 from meristem.store.schema import documents
 
@@ -41,9 +41,13 @@ class Store:
         self, blobs: Iterable[Blob], progress: Callable[[int, int], None] | None = None
     ) -> list[Location]:
         """Write those blobs that the store does not hold yet as one pack; returns the new locations."""
-        unique = {blob.digest: blob for blob in blobs}
+        unique: dict[str, Blob] = {}
+        for blob in blobs:
+            _refuse_disguise(blob, unique.setdefault(blob.digest, blob))
         with self.database.read() as connection:
             known = locate(connection, unique)
+        for digest, location in known.items():
+            _refuse_disguise(unique[digest], location)
         return self.packs.write((b for d, b in unique.items() if d not in known), progress)
 
     @contextmanager
@@ -71,14 +75,15 @@ class Store:
     def mapped(self, pack: str) -> Iterator[memoryview]:
         """A pack's bytes as a read-only memory map."""
         path = self.packs.path(pack)
-        if not path.exists():
-            raise Tampered(f"{path}: the pack is missing")
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            view = memoryview(mapped)
-            try:
-                yield view
-            finally:
-                view.release()
+        try:
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (FileNotFoundError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            raise Tampered(f"{path}: the pack is missing or empty") from error
+        except OSError as error:
+            raise disk_failure(error, path) from error
+        # Not closed here: an exception on its way out may still hold a slice. The last one closes the map.
+        yield memoryview(mapped)
 
     def document(self, digest: str) -> dict[str, Any]:
         with self.database.read() as connection:
@@ -92,8 +97,8 @@ class Transaction:
         self.connection, self.actor, self.reason = connection, actor, reason
 
     def add_blobs(self, locations: Iterable[Location]) -> None:
-        locations = list(locations)
-        known = locate(self.connection, [location.digest for location in locations])
+        unique = {location.digest: location for location in locations}
+        known = locate(self.connection, unique)
         rows = [
             {
                 "digest": location.digest,
@@ -103,7 +108,7 @@ class Transaction:
                 "dtype": location.dtype,
                 "shape": json.dumps(location.shape),
             }
-            for location in locations
+            for location in unique.values()
             if location.digest not in known
         ]
         if rows:
@@ -111,7 +116,7 @@ class Transaction:
 
     def add_document(self, document: dict[str, Any]) -> str:
         """Store a JSON document with a ``schema`` id; the same document twice is stored once."""
-        body = canonical(document)
+        body = _canonical(document)
         digest = digest_bytes(body)
         known = self.connection.scalar(select(documents.c.digest).where(documents.c.digest == digest))
         if known is None:
@@ -121,13 +126,25 @@ class Transaction:
         return digest
 
     def append(self, kind: str, subject: str, /, *, reason: str | None = None, **data: Any) -> evidence.Event:
+        reason = self.reason if reason is None else reason
+        _canonical([self.actor, reason, data])
         return evidence.append(
-            self.connection,
-            kind=kind,
-            subject=subject,
-            actor=self.actor,
-            reason=self.reason if reason is None else reason,
-            data=data,
+            self.connection, kind=kind, subject=subject, actor=self.actor, reason=reason, data=data
+        )
+
+
+def _canonical(document: Any) -> bytes:
+    try:
+        return canonical(document)
+    except ValueError as error:
+        raise BadInput(f"cannot be stored as JSON: {error}; mend the text or number and repeat") from error
+
+
+def _refuse_disguise(blob: Blob, other: Blob | Location) -> None:
+    """A file made to have the digest of a tensor would be taken for it: no honest file has one."""
+    if (blob.dtype is None) != (other.dtype is None):
+        raise BadInput(
+            f"a file and a tensor share the digest {blob.digest}; do not trust where they came from"
         )
 
 
@@ -148,6 +165,16 @@ def locate(connection: Connection, digests: Iterable[str]) -> dict[str, Location
     for start in range(0, len(digests), _LOOKUP):
         query = select(blob_table).where(blob_table.c.digest.in_(digests[start : start + _LOOKUP]))
         for row in connection.execute(query):
-            shape = tuple(json.loads(row.shape))
-            found[row.digest] = Location(row.digest, row.pack, row.offset, row.length, row.dtype, shape)
+            found[row.digest] = location_of(row)
     return found
+
+
+def location_of(row: Any) -> Location:
+    """A row of the index. Raises ``Tampered`` when it cannot be a place in a pack."""
+    try:
+        shape = tuple(json.loads(row.shape))
+    except (TypeError, ValueError) as error:
+        raise Tampered(f"blob {row.digest}: its row in the index is damaged") from error
+    if not all(type(number) is int and number >= 0 for number in (row.offset, row.length, *shape)):
+        raise Tampered(f"blob {row.digest}: its row in the index is damaged")
+    return Location(row.digest, row.pack, row.offset, row.length, row.dtype, shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ def build_trainer(
     method_state: Mapping[str, MethodState] | None,
     output: Path,
     callbacks: list[TrainerCallback],
+    progress: Callable[[str, int], Callable[[int], None]] | None = None,
 ) -> Any:
     """A trainer that continues the version in ``folder``: its adapter if it has one, else a fresh LoRA.
 
@@ -53,6 +54,7 @@ def build_trainer(
         task=task_name(rows),
         history={task: [as_prompt_completion(row) for row in old] for task, old in history.items()},
         method_state=dict(method_state or {}),
+        progress=progress,
     )
     trainer.remove_callback(PrinterCallback)  # our own progress replaces a line of JSON per step
     return trainer

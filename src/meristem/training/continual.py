@@ -298,6 +298,11 @@ class ContinualTrainer(_upstream.PrivateHooks):
         """Trainable parameters by stable name, as the methods see them."""
         return trainable(self.accelerator.unwrap_model(self.model))
 
+    @property
+    def sample_ids(self) -> list[str]:
+        """Ids of the rows in the latest micro-batch."""
+        return list(self._tags["id"])
+
     def method_state(self) -> dict[str, MethodState]:
         """What each method remembers, by its name; pass it to the next update as ``method_state=``."""
         return {method.label: method.state_dict() for method in self.methods}

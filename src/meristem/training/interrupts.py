@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -9,10 +10,14 @@ from typing import Any, Self
 
 
 class Interruption:
-    """Context manager that turns SIGINT and SIGTERM into a request; ``requested`` says that one came."""
+    """Context manager that turns SIGINT and SIGTERM into a request; ``requested`` says that one came.
 
-    def __init__(self) -> None:
+    ``note`` is shown on stderr then, because the step under way is finished first.
+    """
+
+    def __init__(self, note: str = "") -> None:
         self.requested = False
+        self._note = note
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -29,3 +34,5 @@ class Interruption:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if self._note:
+            os.write(2, f"\n{self._note}\n".encode())  # print() is not safe inside a handler

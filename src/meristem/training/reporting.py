@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from meristem.errors import TrainingFailed
 from meristem.training.interrupts import Interruption
 
 Progress = Callable[[str, int, int, str], None]
@@ -17,7 +18,11 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, progress: Progress | None, interruption: Interruption):
         self._progress, self._interruption = progress, interruption
-        self.on_interrupt: Callable[[], None] = lambda: None
+        self._trainer: Any = None
+
+    def attach(self, trainer: Any) -> None:
+        """The trainer whose ``interrupted`` is set on an interruption and whose samples are named on trouble."""
+        self._trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self._progress:
@@ -27,10 +32,22 @@ class ProgressCallback(TrainerCallback):
         if self._interruption.requested and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
-            self.on_interrupt()
+            self._trainer.interrupted = True
         elif state.global_step >= state.max_steps:
             self._interruption.requested = False  # nothing is left to interrupt
+        if control.should_save or state.global_step >= state.max_steps:
+            self._refuse_lost_weights(state.global_step)
         return control
+
+    def _refuse_lost_weights(self, step: int) -> None:
+        """A finite loss can still take a step to NaN: such weights must not become a checkpoint or a version."""
+        for name, parameter in self._trainer.parameters().items():
+            if not bool(parameter.isfinite().all()):
+                ids = ", ".join(self._trainer.sample_ids[:8])
+                raise TrainingFailed(
+                    f"weights {name} became NaN or infinite in step {step} (samples: {ids}); the last complete "
+                    "checkpoint is kept: mend the samples or lower the learning rate"
+                )
 
     @staticmethod
     def tokens(trainer: Any) -> float:
@@ -43,9 +60,27 @@ class ProgressCallback(TrainerCallback):
         kept = []
         for entry in trainer.state.log_history:
             if "loss" in entry:
-                point = {k: v for k, v in entry.items() if isinstance(v, int | float) and k in _CURVE}
+                point = {k: v for k, v in entry.items() if k in _CURVE or k.endswith(("/penalty", "/loss"))}
                 kept.append({key: round(float(value), 6) for key, value in point.items()})
         return kept
 
 
-_CURVE = {"step", "loss", "grad_norm", "learning_rate", "penalty/ewc"}
+_CURVE = {"step", "loss", "grad_norm", "learning_rate"}
+
+
+def method_progress(progress: Progress | None) -> Callable[[str, int], Callable[[int], None]] | None:
+    """The seam's ``(label, total) -> advance(n)`` on top of ``progress``, for Fisher estimates and the like."""
+    if progress is None:
+        return None
+
+    def announce(label: str, total: int) -> Callable[[int], None]:
+        done = 0
+
+        def advance(number: int) -> None:
+            nonlocal done
+            done += number
+            progress(label, done, total, "")
+
+        return advance
+
+    return announce

@@ -7,13 +7,15 @@ weights. The version appears in one transaction at the end, or not at all.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,7 +31,7 @@ from meristem.ecosystem.folders import ingest
 from meristem.ecosystem.ledger import Entry
 from meristem.ecosystem.records import Asset, Update, UpdateOutcome, Version
 from meristem.ecosystem.versions import VersionEntry
-from meristem.errors import BadInput, Interrupted, StateMoved
+from meristem.errors import BadInput, EnvironmentFailure, Interrupted, MeristemError, StateMoved
 from meristem.store.canonical import digest_document
 from meristem.store.packs import disk_failure
 from meristem.store.store import Store, read_document
@@ -38,6 +40,8 @@ from meristem.training.interrupts import Interruption
 
 Progress = Callable[[str, int, int, str], None]  # what, done, total, note
 
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_STOPPING = "stopping after this step, with a checkpoint; Ctrl-C again stops at once"
 _CODE = ("meristem", "torch", "transformers", "trl", "peft", "accelerate")
 
 
@@ -79,16 +83,19 @@ def run(store: Store, actor: str, entry: Entry, progress: Progress | None = None
     """Train (or go on training) ``entry`` and commit its version.
 
     Raises ``StateMoved`` while another process runs it, ``Interrupted`` after Ctrl-C with a checkpoint kept,
-    ``NonFiniteLoss`` when the loss is NaN; in each case the same call continues later.
+    ``NonFiniteLoss`` when the loss is NaN, ``EnvironmentFailure`` when the disk refuses; in each case the same
+    call continues later.
     """
     with _locked(store, entry) as folder:
         with store.database.read() as connection:
             entry = ledger.find(connection, entry.id)
             if entry.status == "done" and entry.result:
                 outcome = UpdateOutcome.from_document(read_document(connection, entry.result))
+                shutil.rmtree(folder, ignore_errors=True)  # killed between its commit and this line
                 return versions.by_digest(connection, outcome.version)
         try:
-            trained = _train(store, entry.as_(Update), folder, progress)
+            with disk_errors(folder):
+                trained = _train(store, entry.as_(Update), folder, progress)
         except BaseException as error:
             _note_stop(store, actor, entry, error)
             raise
@@ -100,14 +107,14 @@ def run(store: Store, actor: str, entry: Entry, progress: Progress | None = None
 def _train(store: Store, update: Update, folder: Path, progress: Progress | None) -> Trained:
     from meristem.training import cit
     from meristem.training.continual import newest_complete_checkpoint
-    from meristem.training.reporting import ProgressCallback
+    from meristem.training.reporting import ProgressCallback, method_progress
 
     recipe, rows, history, state = _inputs(store, update)
     with store.database.read() as connection:
         parent = versions.by_digest(connection, update.parent)
     here = checkouts.cached(store, parent.content)
     started = time.monotonic()
-    with Interruption() as interruption, quiet_libraries():
+    with Interruption(_STOPPING) as interruption, quiet_libraries():
         callback = ProgressCallback(progress, interruption)
         trainer = cit.build_trainer(
             recipe,
@@ -118,8 +125,9 @@ def _train(store: Store, update: Update, folder: Path, progress: Progress | None
             method_state=state,
             output=folder,
             callbacks=[callback],
+            progress=method_progress(progress),
         )
-        callback.on_interrupt = lambda: setattr(trainer, "interrupted", True)
+        callback.attach(trainer)
         trainer.train(resume_from_checkpoint=newest_complete_checkpoint(folder))
         if interruption.requested:
             raise Interrupted(
@@ -127,10 +135,7 @@ def _train(store: Store, update: Update, folder: Path, progress: Progress | None
                 "a checkpoint is kept, the same command continues"
             )
     adapter = folder / "adapter"
-    try:
-        trainer.model.save_pretrained(str(adapter))
-    except OSError as error:
-        raise disk_failure(error, adapter) from error
+    trainer.model.save_pretrained(str(adapter))
     return Trained(
         adapter=adapter,
         states={**(state or {}), **trainer.method_state()},
@@ -212,11 +217,48 @@ def _commit(store: Store, actor: str, entry: Entry, trained: Trained) -> Version
 
 
 def _note_stop(store: Store, actor: str, entry: Entry, error: BaseException) -> None:
+    """Record why a run stopped, unless the store cannot be written: that must not hide ``error``."""
     status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
     if entry.status == status:
         return
-    with store.transaction(actor, str(error) or type(error).__name__) as tx:
+    with suppress(EnvironmentFailure, StateMoved), store.transaction(actor, _one_line(error)) as tx:
         ledger.set_status(tx, entry, status)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn what the libraries make of a full or read-only disk into ``EnvironmentFailure``.
+
+    torch and safetensors write through native code and raise their own errors; a disk error then stands in the
+    text, or among the errors that led to theirs.
+    """
+    try:
+        yield
+    except MeristemError:
+        raise
+    except Exception as error:
+        if (cause := _disk_error(error)) is None:
+            raise
+        raise disk_failure(cause, where) from error
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            return error
+        told = str(error)
+        if match := re.search(r"os error (\d+)|code: (\d+)", told):
+            number = int(match[1] or match[2])
+            if number in _DISK:
+                return OSError(number, os.strerror(number))
+        if "PytorchStreamWriter failed" in told or "file write failed" in told:
+            return OSError(errno.EIO, "a file could not be written whole")
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextmanager

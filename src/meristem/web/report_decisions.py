@@ -39,7 +39,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class SuiteComparison:
-    """``bounds`` are the one-sided ones at ``confidence`` that the gates use. ``problem``: why there is none."""
+    """``bounds`` are the one-sided ones at ``confidence`` that the gates use. ``problem``: why none."""
 
     suite: str
     comparison: Comparison | None
@@ -196,10 +196,12 @@ def _thresholds(gates: list[GateResult]) -> list[Threshold]:
                 Threshold(-gate.numbers["margin"], f"margin {wording.points(-gate.numbers['margin'])}")
             )
         if "min_gain" in gate.numbers:
-            found.append(
-                Threshold(gate.numbers["min_gain"], f"needed {wording.points(gate.numbers['min_gain'])}")
-            )
+            found.append(Threshold(gate.numbers["min_gain"], _gain_words(gate.numbers["min_gain"])))
     return list(dict.fromkeys(found))
+
+
+def _gain_words(gain: float) -> str:
+    return f"must exceed {wording.points(gain)}" if gain else "must exceed 0"
 
 
 def _flips(

@@ -45,7 +45,7 @@ class Cell:
         share = min(1.0, max(0.0, self.score))
         pale, deep = (240, 245, 250), (18, 74, 124)
         red, green, blue = (round(a + (b - a) * share) for a, b in zip(pale, deep, strict=True))
-        return f"background:rgb({red},{green},{blue});color:{'#fff' if share > 0.58 else '#14202b'}"
+        return f"background:rgb({red},{green},{blue});color:{'#fff' if share >= 0.72 else '#000'}"
 
 
 @dataclass(frozen=True)
@@ -139,16 +139,23 @@ def scores(data: Snapshot) -> Scores:
 
 
 def _columns(data: Snapshot, stored: Stored) -> list[Column]:
-    """The newest version of every suite, and older ones on which a version of this model was measured."""
+    """The newest version of every suite, and older ones on which a version of this model was measured.
+
+    Tasks stand in the order in which they were learned; those never learned come last.
+    """
     newest = {entry.name: entry.digest for entry in data.suites}
     own = data.own_versions
 
     def wanted(suite: AssetEntry) -> bool:
         return newest[suite.name] == suite.digest or any(stored.newest(v, suite)[0] for v in own)
 
-    return [
+    def learned(column: Column) -> int:
+        return next((v.number for v in own if column.task in v.record.tasks), len(own) + 1)
+
+    found = [
         Column(suite, task) for suite in data.suites if wanted(suite) for task in suite.record.facts["tasks"]
     ]
+    return sorted(found, key=learned)
 
 
 def _cell(stored: Stored, version: VersionEntry, column: Column) -> Cell:
@@ -186,7 +193,10 @@ def _metric(key: str, value: float | None, why_not: str) -> Metric:
 
 
 def percent_or_points(key: str, value: float) -> str:
-    return wording.percent(value) if key == "acc" else f"{wording.points(value)} points"
+    if key == "acc":
+        return wording.percent(value)
+    shown = wording.points(value)
+    return f"{shown.removeprefix('+') if key == 'forgetting' else shown} points"
 
 
 def _line(data: Snapshot, version: VersionEntry) -> list[VersionEntry]:

@@ -9,13 +9,13 @@ OUTCOMES = {"pass": ("✓", "Passed"), "fail": ("✕", "Failed"), "inconclusive"
 GATES = {
     "non_inferiority": (
         "No loss",
-        "the new version must not score worse than the champion by the margin or more",
+        "The new version must not score worse than the champion by the margin or more.",
     ),
     "improvement": (
         "Real gain",
-        "the new version must score better than the champion by more than chance explains",
+        "The new version must score better than the champion by more than chance explains.",
     ),
-    "negative_flips": ("Few new mistakes", "few questions that the champion got right may be wrong now"),
+    "negative_flips": ("Few new mistakes", "Few of the items that the champion got right may be wrong now."),
 }
 
 METRICS = {
@@ -30,12 +30,12 @@ _NUMBERS = {
     "old_score": "champion",
     "new_score": "candidate",
     "difference": "difference",
+    "flipped": "new mistakes",
+    "nfr": "rate of new mistakes",
     "lower": "lower bound",
     "upper": "upper bound",
     "margin": "margin",
     "min_gain": "gain needed",
-    "flipped": "new mistakes",
-    "nfr": "rate of new mistakes",
     "max_rate": "limit",
     "confidence": "confidence",
 }
@@ -83,6 +83,10 @@ def clipped(text: str, most: int = 700) -> str:
 
 def gate_title(gate: str) -> str:
     return GATES[gate][0] if gate in GATES else gate.replace("_", " ")
+
+
+def gate_meaning(gate: str) -> str:
+    return GATES[gate][1] if gate in GATES else "a criterion of this team's own"
 
 
 def gate_numbers(numbers: dict[str, Any]) -> list[tuple[str, str]]:

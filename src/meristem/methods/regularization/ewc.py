@@ -44,13 +44,12 @@ class EWC(Method):
         self.strength, self.samples, self.gamma = float(strength), samples, float(gamma)
         self.fisher: dict[str, Tensor] = {}
         self.anchor: dict[str, Tensor] = {}
+        self.tasks: set[str] = set()  # whose Fisher is in the sum
 
     def prepare_model(self, model: nn.Module, ctx: Context) -> None:
-        if self.fisher:
-            self._check_fits(trainable(model))
-            return
+        self._check_fits(trainable(model))
         for task, rows in ctx.history.items():
-            if len(rows):
+            if len(rows) and task not in self.tasks:
                 self._consolidate(ctx, rows, f"Fisher of {task}")
 
     def penalty(self, params: Params) -> Tensor:
@@ -68,7 +67,7 @@ class EWC(Method):
     def state_dict(self) -> MethodState:
         tensors = {f"fisher.{name}": value.detach().cpu().clone() for name, value in self.fisher.items()}
         tensors |= {f"anchor.{name}": value.detach().cpu().clone() for name, value in self.anchor.items()}
-        return {"tensors": tensors, "json": {}}
+        return {"tensors": tensors, "json": {"tasks": sorted(self.tasks)}}
 
     def load_state_dict(self, state: MethodState) -> None:
         tensors = state["tensors"]
@@ -78,6 +77,7 @@ class EWC(Method):
         self.anchor = {
             k.removeprefix("anchor."): v.float() for k, v in tensors.items() if k.startswith("anchor.")
         }
+        self.tasks = set(state["json"]["tasks"])
         if self.fisher.keys() != self.anchor.keys():
             raise BadInput("ewc: the saved state has Fisher values without their anchor weights")
 
@@ -89,6 +89,7 @@ class EWC(Method):
             for name, value in new.items()
         }
         self.anchor = {name: p.detach().float().clone() for name, p in trainable(ctx.model).items()}
+        self.tasks |= {row["task"] for row in rows}
 
     def _estimate(self, ctx: Context, rows: Sequence[Row], label: str) -> dict[str, Tensor]:
         """Mean over rows of squared per-row gradients of the sequence log-likelihood, by parameter name."""

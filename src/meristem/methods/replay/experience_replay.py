@@ -23,8 +23,8 @@ class ExperienceReplay(Method):
 
     Source: Chaudhry et al. 2019, "On Tiny Episodic Memories in Continual Learning" (arXiv 1902.10486).
     Claims: less forgetting. Stages: cpt, cit, ca. State: a buffer of at most ``capacity`` raw rows, whatever
-    the number of tasks (``buffer``: "task-balanced" or "reservoir"); without saved state it is filled from the
-    history of the lineage.
+    the number of tasks (``buffer``: "task-balanced" or "reservoir"); tasks of the lineage's history that it has
+    not seen (a lineage that began without replay) are added first.
     """
 
     name = "experience-replay"
@@ -48,13 +48,12 @@ class ExperienceReplay(Method):
             raise BadInput(f"experience-replay: seed={seed!r} must be a whole number")
         self.ratio, self.seed = float(ratio), seed
         self.buffer: Buffer = BUFFERS[buffer](capacity, seed)
-        self._restored = False
+        self._known: set[str] = set()  # tasks that the buffer has seen, rows of them kept or not
 
     def prepare_data(self, rows: Sequence[Row], ctx: Context) -> Sequence[Row]:
-        if not self._restored:
-            for earlier in ctx.history.values():
-                self.buffer.add(earlier)
-            self._restored = True
+        for task, earlier in ctx.history.items():
+            if task not in self._known:
+                self._remember(earlier)
         held = self.buffer.rows()
         if not held or not len(rows):
             return rows
@@ -66,15 +65,19 @@ class ExperienceReplay(Method):
         return mixed
 
     def finish(self, ctx: Context) -> None:
-        self.buffer.add(ctx.rows)
+        self._remember(ctx.rows)
+
+    def _remember(self, rows: Sequence[Row]) -> None:
+        self.buffer.add(rows)
+        self._known |= {row["task"] for row in rows}
 
     def state_dict(self) -> MethodState:
-        return {"tensors": {}, "json": {"buffer": self.buffer.state()}}
+        return {"tensors": {}, "json": {"buffer": self.buffer.state(), "tasks": sorted(self._known)}}
 
     def load_state_dict(self, state: MethodState) -> None:
         saved: dict[str, Any] = state["json"]
         self.buffer.load(saved["buffer"])
-        self._restored = True
+        self._known = set(saved["tasks"])
 
 
 def _passes(held: list[Row], count: int, draw: random.Random) -> list[Row]:

@@ -1,0 +1,117 @@
+"""``write_report``: one self-contained HTML page about a model, for people who must answer for it."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from base64 import b64encode
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from meristem._version import __version__
+from meristem.store.packs import disk_failure
+from meristem.web import charts, wording
+from meristem.web.lineage import lineage
+from meristem.web.report_data import Snapshot, short, snapshot, standing
+from meristem.web.report_decisions import decisions, latest_sentence
+from meristem.web.report_runs import MOST_EVENTS, Return, Run, costs, runs, trail, way_back
+from meristem.web.report_scores import scores
+from meristem.workspace import Workspace
+
+OPEN_EVENTS = 30
+OPEN_FLIPS = 3
+OPEN_DECISIONS = 5
+
+# Printing shows what is folded away; without JavaScript the page only stays as folded as it is.
+SCRIPT = (
+    "addEventListener('beforeprint',()=>{for(const d of document.querySelectorAll('details'))d.open=true})"
+)
+
+
+def write_report(ws: Workspace, model: str, path: Path) -> Path:
+    """Write the report on ``model`` to ``path`` and return it. The same workspace gives the same bytes.
+
+    Nothing is evaluated or recorded: only what the store holds is shown. Raises ``BadInput`` for an unknown
+    model and ``EnvironmentFailure`` when the file cannot be written.
+    """
+    page = render(ws, model)
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise disk_failure(error, path) from error
+    return path
+
+
+def render(ws: Workspace, model: str) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("meristem.web", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.globals.update(
+        charts=charts,
+        wording=wording,
+        short=short,
+        open_events=OPEN_EVENTS,
+        open_flips=OPEN_FLIPS,
+        open_decisions=OPEN_DECISIONS,
+    )
+    return environment.get_template("report.html.j2").render(_context(snapshot(ws, model)))
+
+
+def _context(data: Snapshot) -> dict[str, Any]:
+    found_runs, spent = runs(data), costs(data)
+    back = way_back(data)
+    return {
+        "data": data,
+        "tool": __version__,
+        "script": SCRIPT,
+        "script_digest": b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
+        "sentence": latest_sentence(data),
+        "latest": data.decisions[-1] if data.decisions else None,
+        "undone": _undone(data),
+        "last_event": data.events[-1] if data.events else None,
+        "lineage": lineage(data),
+        "standings": {version.digest: standing(data, version) for version in data.own_versions},
+        "scores": scores(data),
+        "decisions": decisions(data),
+        "gates_used": list(dict.fromkeys(gate.gate for found in data.decisions for gate in found.gates)),
+        "runs": found_runs,
+        "most_steps": _most_steps(found_runs),
+        "costs": spent,
+        "seconds": sum(cost.seconds or 0.0 for cost in spent),
+        "steps": sum(cost.steps or 0 for cost in spent),
+        "tokens": sum(cost.tokens or 0 for cost in spent),
+        "items": sum(cost.items or 0 for cost in spent),
+        "trail": trail(data),
+        "most_events": MOST_EVENTS,
+        "back": back,
+        "commands": _commands(data, back),
+    }
+
+
+def _undone(data: Snapshot) -> bool:
+    """Whether the version of the latest decision was rolled back: then its verdict gets no green."""
+    if not data.decisions:
+        return False
+    return standing(data, data.versions[data.decisions[-1].record.version]).key == "rolled-back"
+
+
+def _most_steps(found: list[Run]) -> float:
+    series = [points for run in found for points in (run.loss, *run.penalties.values())]
+    return max((x for points in series for x, _ in points), default=1.0)
+
+
+def _commands(data: Snapshot, back: Return | None) -> dict[str, str]:
+    start = f"meristem --workspace {shlex.quote(str(data.ws.root.resolve()))}"
+    commands = {"verify": f"{start} log verify --head {data.audit.head}"}
+    if back:
+        commands["rollback"] = f"{start} release rollback {data.model.name} --to {back.target} --reason 'WHY'"
+    return commands
