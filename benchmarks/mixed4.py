@@ -39,7 +39,7 @@ METHODS = {
     "experience-replay+ewc": ["experience-replay:ratio=0.3", "ewc:strength={ewc}"],
 }
 FOLDERS = {"agnews": "mtl5_agnews", "amazon": "mtl5_amazon", "dbpedia": "mtl5_dbpedia", "mnli": "cl15_mnli"}
-WORDS = 60  # longer inputs are cut to this many words, in training and test alike
+WORDS = 32  # longer inputs are cut to this many words, in training and test alike
 
 CONFIG = """\
 schema: meristem/workspace/v1

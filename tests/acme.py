@@ -14,7 +14,28 @@ from typing import Any
 
 from tests.tiny import tiny_config, tiny_tokenizer
 
-WORDS = "ash bay cod dam elk fig gum hen ivy jay kit log mud net oak pea rye sap tea urn".split()
+WORDS = [
+    "ash",
+    "bay",
+    "cod",
+    "dam",
+    "elk",
+    "fig",
+    "gum",
+    "hen",
+    "ivy",
+    "jay",
+    "kit",
+    "log",
+    "mud",
+    "net",
+    "oak",
+    "pea",
+    "rye",
+    "sap",
+    "tea",
+    "urn",
+]
 ANSWERS = {"a": "7", "b": "5", "c": "9"}
 REPLAY_AND_EWC = ["experience-replay:ratio=0.5", "ewc:strength=1,samples=8"]
 CONFIG = """\
@@ -127,4 +148,6 @@ def state(folder: Path) -> dict[str, Any]:
 
 def leftovers(folder: Path) -> list[str]:
     """Temporary files that an interrupted write forgot."""
-    return [str(p) for p in (folder / ".meristem").rglob(".*") if p.name.startswith((".tmp", ".meristem.yaml"))]
+    return [
+        str(p) for p in (folder / ".meristem").rglob(".*") if p.name.startswith((".tmp", ".meristem.yaml"))
+    ]

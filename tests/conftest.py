@@ -6,7 +6,9 @@ import os
 import shutil
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: its threads cost more than they give on tiny models
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: its threads cost more than they give on tiny models
 
 import pytest
 from tests import acme
@@ -33,17 +35,26 @@ def origin(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained(origin, tmp_path_factory):
-    """Task a learned and released as ``support@v2``; two candidates against it: v3 forgot a, v4 kept it.
-
-    decision-1 released v2; decision-2 failed v3; decision-3 passed v4. update-1 to update-3 made them.
-    """
+def released(origin, tmp_path_factory):
+    """Task a learned and released: ``support@v2`` is the champion, by update-1 and decision-1."""
     import meristem as ms
 
-    folder = tmp_path_factory.mktemp("trained") / "ws"
+    folder = tmp_path_factory.mktemp("released") / "ws"
     shutil.copytree(origin, folder)
     ws = ms.Workspace.open(folder, actor="kim")
     ws.promote(ws.propose(ws.update("support", data=["a"], methods=acme.REPLAY_AND_EWC).version))
+    ws.close()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(released, tmp_path_factory):
+    """Two candidates against v2: v3 forgot a (update-2, decision-2 fails), v4 kept it (update-3, decision-3)."""
+    import meristem as ms
+
+    folder = tmp_path_factory.mktemp("trained") / "ws"
+    shutil.copytree(released, folder)
+    ws = ms.Workspace.open(folder, actor="kim")
     for methods in ([], acme.REPLAY_AND_EWC):
         ws.propose(ws.update("support", data=["b"], methods=methods).version)
     assert [e.status for e in ws.records("decision")] == ["pass", "fail", "pass"]

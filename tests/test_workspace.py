@@ -210,9 +210,9 @@ def test_an_update_needs_data_and_has_a_version_only_when_done(ws):
 def test_the_wrong_kind_of_record_is_bad_input(grown):
     ws = ms.Workspace.open(grown)
     for call in (ws.explain, ws.promote, ws.approve):
-        with pytest.raises(BadInput, match="update-1 is not a decision"):
+        with pytest.raises(BadInput, match="update-1 is no decision"):
             call("update-1")
-    with pytest.raises(BadInput, match="decision-1 is not a update|decision-1 is not an update"):
+    with pytest.raises(BadInput, match="decision-1 is no update"):
         ws.resume("decision-1")
     ws.close()
 
@@ -222,8 +222,10 @@ def test_judge_tries_out_a_policy_and_records_nothing(grown):
     ws.compare("support@v4", "support@v2", suite="a")
     before = acme.state(grown)
     strict = ws.judge("support@v4", "support@v2", suite="a", gate="non_inferiority", margin=0.0)
-    assert strict.outcome == "inconclusive" and strict.needed is None or strict.needed > 40
-    assert ws.judge("support@v4", "support@v2", suite="a", gate="non_inferiority", margin=0.5).outcome == "pass"
+    assert strict.outcome == "inconclusive"
+    assert (
+        ws.judge("support@v4", "support@v2", suite="a", gate="non_inferiority", margin=0.5).outcome == "pass"
+    )
     ws.close()
     assert acme.state(grown) == before
 
@@ -245,7 +247,7 @@ def test_the_champion_moves_only_once_for_two_decisions(grown):
 def test_promotion_and_rollback_check_the_bytes_first(grown):
     """A flipped byte in a pack stops both: the pointer does not move to damaged weights."""
     ws = ms.Workspace.open(grown)
-    _, adapter = (list(digests(ws, "support@v4").values())[0][0] for _ in range(2))
+    adapter, _files = next(iter(digests(ws, "support@v4").values()))
     location = ws.store.location(next(iter(adapter.values())))
     path = ws.store.packs.path(location.pack)
     body = bytearray(path.read_bytes())

@@ -30,7 +30,7 @@ defaults:
   approvals: 0          # signatures needed before a passed decision may be promoted
   attempts: 2           # turns of the loop spent on one signal
   methods: []           # continual-learning methods of a first attempt
-  retry_methods: ["experience-replay:ratio=0.3", "ewc:strength=50"]   # after a regression
+  retry_methods: ["experience-replay:ratio=0.3", "ewc:strength=1000"]   # after a regression
   recipe: {}            # overrides of the default recipe, e.g. {epochs: 3, learning_rate: 0.0005}
 
 models: {}
@@ -116,7 +116,7 @@ class ModelSettings(_Strict):
     approvals: Annotated[int, Field(ge=0)] = 0
     attempts: Annotated[int, Field(ge=1)] = 2
     methods: list[str] = []
-    retry_methods: list[str] = ["experience-replay:ratio=0.3", "ewc:strength=50"]
+    retry_methods: list[str] = ["experience-replay:ratio=0.3", "ewc:strength=1000"]
     recipe: dict[str, Any] = {}
 
     def policy(self) -> dict[str, Any]:
@@ -149,11 +149,12 @@ def load_config(path: Path) -> WorkspaceConfig:
     config = _validated(path, WorkspaceConfig, _yaml(path))
     assert isinstance(config, WorkspaceConfig)
     for name in [None, *config.models]:
+        where = f"models.{name}" if name else "defaults"
         try:
             settings = config.for_model(name or "")
-            Recipe.model_validate(settings.recipe)
         except ValidationError as error:
-            raise BadInput.at(path, None, _first(error, f"models.{name}" if name else "defaults")) from error
+            raise BadInput.at(path, None, _first(error, where)) from error
+        _validated(path, Recipe, settings.recipe, f"{where}.recipe")
     return config
 
 
@@ -210,11 +211,11 @@ def _yaml(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _validated(path: Path, kind: type[BaseModel], fields: dict[str, Any]) -> BaseModel:
+def _validated(path: Path, kind: type[BaseModel], fields: dict[str, Any], where: str = "") -> BaseModel:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise BadInput.at(path, None, _first(error)) from error
+        raise BadInput.at(path, None, _first(error, where)) from error
 
 
 def _first(error: ValidationError, prefix: str = "") -> str:

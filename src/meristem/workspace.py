@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from meristem.ecosystem.assets import AssetEntry
 from meristem.ecosystem.audit import Audit
 from meristem.ecosystem.ledger import Entry
 from meristem.ecosystem.records import Asset, Decision, GateResult, Model, Plan, Update, UpdateOutcome
+from meristem.ecosystem.results import DecisionResult, UpdateResult
 from meristem.ecosystem.versions import VersionEntry
 from meristem.errors import BadInput, EnvironmentFailure
 from meristem.store import evidence
@@ -33,55 +33,7 @@ if TYPE_CHECKING:
 
 STORE_FOLDER = ".meristem"
 Progress = Callable[[str, int, int, str], None]  # what, done, total, note
-
-
-@dataclass(frozen=True)
-class UpdateResult:
-    """An update with the version that it produced (``None`` until it is done)."""
-
-    entry: Entry
-    record: Update
-    made: VersionEntry | None
-    outcome: UpdateOutcome | None
-
-    @property
-    def id(self) -> str:
-        return self.entry.id
-
-    @property
-    def version(self) -> VersionEntry:
-        if self.made is None:
-            raise BadInput(f"{self.id} is {self.entry.status} and has no version yet; resume it")
-        return self.made
-
-
-@dataclass(frozen=True)
-class DecisionResult:
-    """A decision as ``propose`` and ``explain`` give it."""
-
-    entry: Entry
-    record: Decision
-    approvals: tuple[str, ...]
-
-    @property
-    def id(self) -> str:
-        return self.entry.id
-
-    @property
-    def passed(self) -> bool:
-        return self.record.outcome == "pass"
-
-    @property
-    def outcome(self) -> str:
-        return self.record.outcome
-
-    @property
-    def gates(self) -> list[GateResult]:
-        return self.record.gates
-
-    @property
-    def approvals_missing(self) -> int:
-        return max(0, self.record.approvals_needed - len(self.approvals))
+__all__ = ["DecisionResult", "Progress", "UpdateResult", "Workspace"]
 
 
 class Workspace:
@@ -258,10 +210,13 @@ class Workspace:
         with self.store.database.read() as connection:
             return ledger.entries(connection, kind, model=model)
 
-    def record(self, name: str) -> Entry:
-        """The record called e.g. ``decision-2``."""
+    def record(self, name: str, kind: str | None = None) -> Entry:
+        """The record called e.g. ``decision-2``; of ``kind``, when one is asked for."""
         with self.store.database.read() as connection:
-            return ledger.find(connection, name)
+            entry = ledger.find(connection, name)
+        if kind not in (None, entry.kind):
+            raise BadInput(f"{name} is no {kind}; give the id of one")
+        return entry
 
     def plan(self, model: str) -> Entry | None:
         """The plan that the loop would carry out now, made if signals are pending; None when none are."""
@@ -281,7 +236,7 @@ class Workspace:
     ) -> UpdateResult:
         """Train the champion of ``model`` on ``data``; the same call again finishes an interrupted one.
 
-        ``methods`` are names with arguments (``"ewc:strength=50"``); given, they replace those of ``recipe``.
+        ``methods`` are names with arguments (``"ewc:strength=1000"``); given, they replace those of ``recipe``.
         """
         from meristem.methods.registry import parse
         from meristem.planning import planner
@@ -422,7 +377,8 @@ class Workspace:
             return ledger.entries(connection, "release", model=model)
 
     def _plan_of(self, version: VersionEntry) -> Entry | None:
-        for entry in self.records("update", version.model):
+        """The newest plan whose update made ``version`` (the same training twice gives the same version)."""
+        for entry in reversed(self.records("update", version.model)):
             if entry.result and self.update_result(entry.id).version.digest == version.digest:
                 digest = entry.as_(Update).plan
                 with self.store.database.read() as connection:

@@ -34,12 +34,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: Rich would be most of the time that `meristem --help` takes
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.callback()(globals_)
 app.command("init")(init.init)
 app.command("demo")(demo.demo)
 for noun in (model, data, suite, signal, plan, update, eval_, release, loop, log, method):
+    noun.app.rich_markup_mode = None
     app.add_typer(noun.app)
 app.command("report")(report.report)
 app.command("catalogue")(catalogue.catalogue)

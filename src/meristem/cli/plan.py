@@ -32,7 +32,7 @@ def make(model: str, as_json: JSON = False) -> None:
 def show_(name: Annotated[str, typer.Argument(metavar="ID")], as_json: JSON = False) -> None:
     """One plan with its criteria."""
     with opened() as ws:
-        _show(ws, ws.record(name), as_json)
+        _show(ws, ws.record(name, "plan"), as_json)
 
 
 @app.command("list")

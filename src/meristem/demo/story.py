@@ -36,7 +36,7 @@ defaults:
   retry_methods: ["experience-replay:ratio=0.3", "ewc:strength={strength}"]
   recipe: {{epochs: {epochs}, learning_rate: 0.001, lora: {{rank: 8, alpha: 16, layers: 0.5}}, seed: {seed}}}
 """
-MARGIN, MAX_RATE, STRENGTH, EPOCHS = 0.10, 0.20, 50, 2
+MARGIN, MAX_RATE, STRENGTH, EPOCHS = 0.10, 0.20, 1000, 2
 # (margin, confidence), ever stricter: one of them asks more than 200 items can answer.
 STRICTER = ((0.03, 0.95), (0.01, 0.95), (0.0, 0.95), (0.0, 0.99), (0.0, 0.999), (0.0, 0.9999))
 
@@ -129,6 +129,9 @@ def _protected_update(say: Teller, ws: Workspace) -> None:
     say.chapter("4. The loop answers the regression: the same data with replay and EWC")
     turn = _turn(say, ws)
     _expect(turn.outcome == "released", f"replay and EWC should pass, but: {turn.reason}")
+    line = ws.task_matrix(f"{MODEL}@champion").matrix
+    names = {"ACC": line.acc, "BWT": line.bwt, "FWT": line.fwt, "forgetting": line.forgetting}
+    say.line("the released line: " + ", ".join(f"{k} {v:+.3f}" for k, v in names.items() if v is not None))
 
 
 def _strict_margin(say: Teller, ws: Workspace) -> None:
@@ -138,7 +141,9 @@ def _strict_margin(say: Teller, ws: Workspace) -> None:
         verdict = ws.judge(
             new, old, suite=TASKS[0], gate="non_inferiority", margin=margin, confidence=confidence
         )
-        say.line(f"margin {100 * margin:.0f} points: [bold]{verdict.outcome}[/bold]; {escape(verdict.reason)}")
+        say.line(
+            f"margin {100 * margin:.0f} points: [bold]{verdict.outcome}[/bold]; {escape(verdict.reason)}"
+        )
         if verdict.outcome == "inconclusive":
             return
     raise MeristemError("the demo's story broke: no stricter margin was inconclusive")

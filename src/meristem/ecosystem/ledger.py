@@ -47,7 +47,7 @@ class Entry:
 
     def as_(self, kind: type[R]) -> R:
         if not isinstance(self.record, kind):
-            raise BadInput(f"{self.id} is not a {kind.__name__.lower()}; give the id of one")
+            raise BadInput(f"{self.id} is no {kind.__name__.lower()}; give the id of one")
         return self.record
 
 

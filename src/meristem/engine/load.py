@@ -78,6 +78,11 @@ def wrap(model: Any, tokenizer: Any, settings: EngineSettings) -> Engine:
     # sampling settings shipped with a model (temperature, repetition penalty) must not reach a measurement
     getattr(model, "get_base_model", lambda: model)().generation_config = GenerationConfig()
     model.eval()
+    # The last position's hidden states are a strided view; multiplied as such with a head that needs no gradient
+    # (any PEFT model's), torch falls back to bmm and copies the head once per row of the batch.
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: (inputs[0].contiguous(), *inputs[1:])
+    )
     config = model.config.get_text_config()
     return Engine(model, tokenizer, settings, stop_ids, getattr(config, "max_position_embeddings", None))
 

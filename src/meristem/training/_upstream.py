@@ -49,6 +49,12 @@ class PrivateHooks:
         columns = list(self._signature_columns or [])
         self._signature_columns = columns + [name for name in ("id", "task") if name not in columns]
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        # Resumed from a checkpoint of its last step, in the middle of an epoch, Hugging Face trains one more.
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Hugging Face deletes old checkpoints inside this call. Killed right after that, a run with
         # save_total_limit=1 would be left with the new folder only, before our COMPLETE is in it.
@@ -88,6 +94,13 @@ def stages_of(trainer_class: type) -> frozenset[str] | None:
 def generates_inputs(trainer_class: type) -> bool:
     """Whether the trainer samples its own completions, so that a batch cannot be run twice."""
     return any(base.__name__ in _GENERATING for base in trainer_class.__mro__)
+
+
+def continue_token_count(trainer: Any) -> None:
+    """Let a resumed run count tokens on from where it stopped; TRL starts again at zero."""
+    counted = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
+    if counted and hasattr(trainer, "_total_train_tokens"):
+        trainer._total_train_tokens = counted[-1]
 
 
 def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from meristem.errors import TrainingFailed
+from meristem.training._upstream import continue_token_count
 from meristem.training.interrupts import Interruption
 
 Progress = Callable[[str, int, int, str], None]
@@ -23,6 +24,9 @@ class ProgressCallback(TrainerCallback):
     def attach(self, trainer: Any) -> None:
         """The trainer whose ``interrupted`` is set on an interruption and whose samples are named on trouble."""
         self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        continue_token_count(self._trainer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self._progress:

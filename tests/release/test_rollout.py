@@ -1,0 +1,114 @@
+"""Policy, decisions, promotion and rollback: every way that a pointer may move, and may not."""
+
+from __future__ import annotations
+
+import pytest
+from tests import acme
+
+import meristem as ms
+from meristem.config import ModelSettings
+from meristem.errors import BadInput, GateFailed, StateMoved
+from meristem.release import criteria, decisions, gates
+
+
+@pytest.fixture
+def ws(grown):
+    ws = ms.Workspace.open(grown, actor="kim")
+    yield ws
+    ws.close()
+
+
+def champion(ws):
+    return ws.version("support").number
+
+
+def names(ws, gate, new, old):
+    with ws.store.database.read() as connection:
+        newest = criteria.newest_suites(connection)
+    found = criteria.spelled_out(ModelSettings.model_validate({"gates": [gate]}), newest, new, old)
+    return [criterion.suite for criterion in found]
+
+
+def test_groups_of_suites(ws, tmp_path):
+    """``new``: tasks taught first; ``learned``: taught before, and general, instruction or safety; ``all``; names."""
+    ws.add_suite("manners", acme.suite_file(tmp_path / "manners.yaml", "c", kind="safety"))
+    gate = {"gate": "negative_flips", "max_rate": 0.1}
+    assert names(ws, {**gate, "suites": "new"}, {"b"}, {"a"}) == ["b"]
+    assert names(ws, {**gate, "suites": "learned"}, {"b"}, {"a"}) == ["a", "manners"]
+    assert names(ws, {**gate, "suites": "all"}, {"b"}, {"a"}) == ["a", "b", "manners"]
+    assert names(ws, {**gate, "suites": ["b", "a"]}, set(), set()) == ["a", "b"]
+    assert names(ws, {**gate, "suites": "new"}, {"a"}, {"a"}) == []  # taught again is not new
+    with pytest.raises(BadInput, match="unknown suite 'x'"):
+        names(ws, {**gate, "suites": ["x"]}, set(), set())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "told"),
+    [
+        ("magic", {}, "unknown gate 'magic'; gates here: improvement, negative_flips, non_inferiority"),
+        ("non_inferiority", {}, "margin: field required"),
+        ("negative_flips", {"max_rate": 1.5}, "max_rate"),
+        ("improvement", {"confidence": 0.4}, "confidence"),
+        ("improvement", {"min_gian": 0.1}, "min_gian: extra inputs"),
+    ],
+)
+def test_gates_with_bad_arguments(name, arguments, told):
+    with pytest.raises(BadInput, match=told):
+        gates.build(name, arguments)
+
+
+def test_no_gate_is_no_evidence():
+    assert decisions.overall([]) == "inconclusive"
+
+
+def test_the_same_judgement_is_the_same_decision(ws):
+    assert ws.propose("support@v4").id == "decision-3" and ws.propose("support@v3").id == "decision-2"
+    assert len(ws.records("decision")) == 3
+
+
+def test_promoting_twice_releases_once(ws):
+    first = ws.promote("decision-3", "now")
+    assert ws.promote("decision-3", "again").id == first.id and len(ws.history("support")) == 2
+
+
+def test_a_failed_decision_is_never_promoted_nor_approved(ws):
+    with pytest.raises(GateFailed, match="release explain decision-2"):
+        ws.promote("decision-2")
+    with pytest.raises(BadInput, match="only a passed decision"):
+        ws.approve("decision-2")
+    assert champion(ws) == 2
+
+
+def test_rollback_step_by_step_and_to_a_name(ws):
+    ws.promote("decision-3")
+    assert ws.rollback("support").record.version == ws.version("support@v2").digest and champion(ws) == 2
+    ws.rollback("support")
+    assert champion(ws) == 1
+    with pytest.raises(BadInput, match="no earlier champion"):
+        ws.rollback("support")
+    ws.rollback("support", to="support@v4")  # forward again: it was champion before
+    assert champion(ws) == 4
+    with pytest.raises(BadInput, match="support@v4 is the champion already"):
+        ws.rollback("support", to="support@v4")
+    with pytest.raises(BadInput, match="support@v3 was never the champion"):
+        ws.rollback("support", to="support@v3")
+    assert [e.record.kind for e in ws.history("support")] == ["promote", "promote", *["rollback"] * 3]
+    assert ws.verify().intact
+
+
+def test_promotion_after_a_rollback_needs_a_new_decision(ws):
+    """The old decision was about another moment; a new one, from stored evaluations, costs nothing."""
+    ws.promote("decision-3")
+    ws.rollback("support")
+    with pytest.raises(StateMoved, match="the champion moved away from v2 and back"):
+        ws.promote("decision-3")
+    measured = len(ws.evaluations())
+    decision = ws.propose("support@v4")
+    assert decision.id == "decision-4" and len(ws.evaluations()) == measured
+    ws.promote(decision)
+    assert champion(ws) == 4
+
+
+def test_a_version_of_another_model_cannot_be_rolled_back_to(ws):
+    with pytest.raises(BadInput, match="base@v1 was never the champion of support"):
+        ws.rollback("support", to="base@v1")
