@@ -220,7 +220,6 @@ class Cut(BaseException):
 # (where, before or after it has done its work)
 BOUNDARIES = [
     (planner, "record_plan", "after"),
-    (updates, "open_update", "before"),
     (updates, "open_update", "after"),
     (updates, "_train", "after"),
     (updates, "_commit", "after"),

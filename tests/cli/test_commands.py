@@ -99,7 +99,7 @@ def test_help(cli, words):
 
 def test_a_noun_without_a_verb_shows_its_help(cli):
     done = cli(None, "model")
-    assert done.code == 2 and "checkout" in done.out and done.err == ""
+    assert done.code == 2 and done.out == "" and "  checkout  " in done.err
 
 
 def test_inconclusive_is_exit_3(cli, grown):

@@ -40,7 +40,6 @@ MOMENTS = {
     "in the middle": Moment(STEP_END, nth=17),
     "the last step": Moment(STEP_END, nth=30),
     "the methods' finish": Moment("meristem.methods.regularization.ewc:EWC.finish"),
-    "saving the adapter": Moment("meristem.training.method_states:encode"),
     "the commit": Moment("meristem.ecosystem.versions:create", after=True),
 }
 
@@ -62,7 +61,7 @@ def test_ctrl_c_during_an_update(released, trained, copy, moment):
     assert not list((folder / ".meristem/runs").glob("update-2/*"))
 
 
-@pytest.mark.parametrize("name", ["the first step", "in the middle", "the methods' finish", "the commit"])
+@pytest.mark.parametrize("name", ["the first step", "the methods' finish", "the commit"])
 def test_kill_during_an_update(released, trained, copy, name):
     """SIGKILL leaves no chance to tidy up; the same command still gives the same weights."""
     folder, moment = copy(released), MOMENTS[name]
@@ -187,7 +186,7 @@ def test_a_read_only_workspace(trained, copy, command):
     assert acme.state(folder) == was
 
 
-@pytest.mark.parametrize("size", [1_000, 20_000, 100_000])
+@pytest.mark.parametrize("size", [1_000, 20_000])
 def test_a_full_disk_during_an_update(released, trained, copy, size):
     """Whatever file is the first that no longer fits: exit 5, and with space again the same weights."""
     folder = copy(released)

@@ -86,7 +86,9 @@ def _code(error: BaseException) -> int:
 
 def _complain_of_usage(error: Any) -> None:
     message = error.format_message()
-    if message:  # a noun without a verb has shown its help instead
+    if type(error).__name__ == "NoArgsIsHelpError":  # a noun without a verb: the message is its help
+        print(message, file=sys.stderr)
+    else:
         _complain(f"{message.rstrip('.')} (see --help)")
 
 
