@@ -58,7 +58,7 @@ def test_new_data_is_planned_in_full_before_training_and_released(quick):
     record = plan.as_(Plan)
     assert record.attempt == 1 and len(record.signals) == 2 and len(record.data) == 2
     assert [c.suite for c in record.criteria] == ["a", "b"] and set(record.suites) == {"a", "b"}
-    assert record.budget == {"rows": 32, "steps": 3}
+    assert record.budget == {"new_rows": 32, "epochs": 3.0, "max_steps": 3}
     assert recipe_of(ws, plan)["stage"] == "cit" and recipe_of(ws, plan)["methods"] == []
     assert statuses(ws, "signal") == ["planned", "planned"] and ws.plan("support").id == plan.id
     turn = ws.turn("support")

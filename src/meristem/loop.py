@@ -69,7 +69,8 @@ def _stop(ws: Workspace, plan: Entry, version: VersionEntry, decision: Entry) ->
     reason = "; ".join(f"{g.gate} on {g.suite}: {g.reason}" for g in record.gates if g.outcome != "pass")
     with ws.store.transaction(ws.actor, reason) as tx:
         attempts = ws.config.for_model(record.model).attempts
-        signal = signals.regression(tx, plan.as_(Plan), decision, attempts)
+        failed = record.outcome == "fail"  # inconclusive wants more test items, not more training
+        signal = signals.regression(tx, plan.as_(Plan), decision, attempts) if failed else None
         ledger.set_status(tx, plan, "stopped")
     return Turn("stopped", reason, plan, version, decision, signal)
 

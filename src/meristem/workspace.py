@@ -321,7 +321,7 @@ class Workspace:
         version = self.version(reference)
         with self.store.database.read() as connection:
             line = [v for v in versions.ancestors(connection, version) if v.model == version.model]
-        return line_matrix(self.evaluator(), line[::-1], self.suites())
+        return line_matrix(self.evaluator().task_score, line[::-1], self.suites())
 
     def judge(
         self, new: str | VersionEntry, old: str | VersionEntry, *, suite: str, gate: str, **arguments: Any

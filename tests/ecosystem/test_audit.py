@@ -8,7 +8,7 @@ import sqlite3
 from contextlib import closing
 
 import pytest
-from sqlalchemy import Integer, select, update
+from sqlalchemy import Float, Integer, select, update
 from tests.ecosystem import hf
 from tests.ecosystem.test_models import grow
 
@@ -56,10 +56,10 @@ def origin(tmp_path_factory):
         ledger.set_status(tx, signal, "planned", opened.digest)
         key = {"content": base.content, "suite": "sha256:s", "engine": "sha256:e"}
         evaluation = tx.add_document(
-            Evaluation(**key, settings={}, results=results.digest, summary={}, seconds=1.0).document()
+            Evaluation(**key, settings={}, results=results.digest, summary={}).document()
         )
-        tx.connection.execute(schema.evaluations.insert().values(**key, document=evaluation))
-        tx.append("evaluation.recorded", evaluation, **key, results=results.digest)
+        tx.connection.execute(schema.evaluations.insert().values(**key, document=evaluation, seconds=1.0))
+        tx.append("evaluation.recorded", evaluation, **key, results=results.digest, seconds=1.0)
     newer = grow(store, "base", 1)
     with store.transaction("kim") as tx:
         aliases.move(tx, "base", aliases.CHAMPION, newer.digest, 1)
@@ -106,7 +106,9 @@ def test_every_altered_cell_is_found(store, table, column):
     for row in rows[:3]:
         keys = [(c, row._mapping[c.name]) for c in table.primary_key]
         old = row._mapping[column.name]
-        values = [77 if isinstance(column.type, Integer) else b"{}" if isinstance(old, bytes) else "changed"]
+        values = [
+            77 if isinstance(column.type, Integer | Float) else b"{}" if isinstance(old, bytes) else "changed"
+        ]
         values += [None] if column.nullable and old is not None else []
         for value in values:
             with store.database.write() as connection:
@@ -142,7 +144,7 @@ def test_every_lost_row_is_found(store, table):
         "INSERT INTO assets VALUES ('sha256:0', 'dataset', 'ghost', 1)",
         "INSERT INTO aliases SELECT model, 'canary', version, 1 FROM aliases WHERE model = 'base'",
         "INSERT INTO records VALUES ('decision', 1, 'base', 'sha256:0', 'pass', NULL)",
-        "INSERT INTO evaluations VALUES ('sha256:0', 'sha256:s', 'sha256:e', 'sha256:0')",
+        "INSERT INTO evaluations VALUES ('sha256:0', 'sha256:s', 'sha256:e', 'sha256:0', 1.0)",
         "UPDATE records SET status = 'done' WHERE kind = 'plan'",
         "UPDATE aliases SET version = (SELECT digest FROM versions WHERE model = 'base' AND number = 1) WHERE model = 'base'",
         "UPDATE aliases SET revision = 1 WHERE model = 'base'",

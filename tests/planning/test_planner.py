@@ -38,7 +38,7 @@ def test_the_budget_follows_the_recipe(fresh):
     (fresh / "meristem.yaml").write_text(text)
     ws = ms.Workspace.open(fresh)
     ws.signal("new-data", "support", data=["a"])
-    assert ws.plan("support").as_(Plan).budget == {"rows": 16, "steps": 4}
+    assert ws.plan("support").as_(Plan).budget == {"new_rows": 16, "epochs": 2.0, "max_steps": None}
     ws.close()
 
 

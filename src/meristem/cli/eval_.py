@@ -27,7 +27,7 @@ def run(
         lines += [
             f"  {name}: {score:.3f}" for name, score in {**summary["tasks"], **summary["slices"]}.items()
         ]
-        lines.append("  (stored before)" if entry.cached else f"  ({entry.record.seconds:.1f} s)")
+        lines.append("  (stored before)" if entry.cached else f"  ({entry.seconds:.1f} s)")
         show(as_json, {"cached": entry.cached, **entry.record.document()}, "\n".join(lines))
 
 

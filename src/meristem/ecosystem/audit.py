@@ -56,7 +56,7 @@ class _Expected:
     records: dict[tuple[str, int], tuple[Any, ...]] = field(default_factory=dict)
     aliases: dict[tuple[str, str], tuple[Any, ...]] = field(default_factory=dict)
     moves: dict[tuple[str, str, int], tuple[Any, ...]] = field(default_factory=dict)
-    evaluations: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    evaluations: dict[tuple[str, str, str], tuple[Any, ...]] = field(default_factory=dict)
 
 
 def verify(store: Store, progress: Progress | None = None, expected_head: str | None = None) -> Audit:
@@ -113,7 +113,7 @@ def _fold(expected: _Expected, event: evidence.Event) -> None:
         expected.aliases[key] = (subject, data["revision"])
         expected.moves[(*key, data["revision"])] = (subject, data["previous"], event.sequence)
     elif event.kind == "evaluation.recorded":
-        expected.evaluations[(data["content"], data["suite"], data["engine"])] = subject
+        expected.evaluations[(data["content"], data["suite"], data["engine"])] = (subject, data["seconds"])
     elif verb == "opened":
         expected.records[(noun, data["number"])] = (data["model"], subject, data["status"], None)
     elif (noun, data.get("number")) in expected.records:
@@ -167,7 +167,9 @@ def _check_indexes(connection: Connection, expected: _Expected, audit: Audit) ->
         "record": {
             (r.kind, r.number): (r.model, r.document, r.status, r.result) for r in rows(select(records))
         },
-        "evaluation": {(r.content, r.suite, r.engine): r.document for r in rows(select(evaluations))},
+        "evaluation": {
+            (r.content, r.suite, r.engine): (r.document, r.seconds) for r in rows(select(evaluations))
+        },
     }
     promised: dict[str, dict[Any, Any]] = {
         "model": expected.models,
@@ -215,6 +217,6 @@ def _check_blobs(store: Store, locations: list[Location], audit: Audit, progress
         try:
             store.packs.read(location)
         except (Tampered, EnvironmentFailure) as error:
-            audit.problems.append(f"blob {location.digest}: {error}")
+            audit.problems.append(str(error))
         if progress and (audit.blobs % 64 == 0 or audit.blobs == len(locations)):
             progress("blobs", audit.blobs, len(locations))

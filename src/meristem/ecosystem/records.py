@@ -188,7 +188,6 @@ class Evaluation(Record):
     settings: dict[str, Any]
     results: str
     summary: dict[str, Any]
-    seconds: float
 
 
 class GateResult(Record):

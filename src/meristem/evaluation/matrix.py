@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ from meristem.ecosystem.assets import AssetEntry
 from meristem.ecosystem.versions import VersionEntry
 from meristem.errors import BadInput
 from meristem.evaluation.metrics import TaskMatrix
-from meristem.evaluation.service import Evaluator
+
+Score = Callable[[VersionEntry, AssetEntry, str], float | None]
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,11 @@ class LineMatrix:
         return {"versions": list(self.versions), "tasks": list(self.tasks), **self.matrix.to_document()}
 
 
-def line_matrix(evaluator: Evaluator, line: list[VersionEntry], suites: list[AssetEntry]) -> LineMatrix:
-    """The matrix of ``line`` (oldest first; its first version gives the baseline). Missing cells are measured.
+def line_matrix(score: Score, line: list[VersionEntry], suites: list[AssetEntry]) -> LineMatrix:
+    """The matrix of ``line`` (oldest first; its first version gives the baseline).
 
-    A task counts when some suite tests it. Raises ``BadInput`` when the line learned no such task.
+    ``score(version, suite, task)`` gives one cell, or None where nothing was measured. A task counts when some
+    suite tests it. Raises ``BadInput`` when the line learned no such task.
     """
     tested = {task: suite for suite in suites for task in suite.record.facts["tasks"]}
     steps, known = [], set(line[0].record.tasks)
@@ -38,12 +41,6 @@ def line_matrix(evaluator: Evaluator, line: list[VersionEntry], suites: list[Ass
     if not steps:
         raise BadInput(f"{line[-1].label} and its ancestors learned no task that a suite tests")
     tasks = [task for _, task in steps]
-    rows = [_scores(evaluator, version, tasks, tested) for version, _ in steps]
-    baseline = _scores(evaluator, line[0], tasks, tested)
-    return LineMatrix(tuple(v.label for v, _ in steps), tuple(tasks), TaskMatrix(rows, baseline))
-
-
-def _scores(
-    evaluator: Evaluator, version: VersionEntry, tasks: list[str], tested: dict[str, AssetEntry]
-) -> tuple[float, ...]:
-    return tuple(evaluator.evaluate(version, tested[task]).record.summary["tasks"][task] for task in tasks)
+    rows = [tuple(score(version, tested[task], task) for task in tasks) for version, _ in steps]
+    baseline = tuple(score(line[0], tested[task], task) for task in tasks)
+    return LineMatrix(tuple(v.label for v, _ in steps), tuple(tasks), TaskMatrix(tuple(rows), baseline))

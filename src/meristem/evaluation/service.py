@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, Row, insert, select
 
 from meristem._quiet import quiet_libraries
 from meristem.config import EvaluationSettings
@@ -35,10 +35,11 @@ Progress = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True)
 class EvaluationEntry:
-    """An evaluation that is in the store; ``cached`` says that nothing had to be computed for this call."""
+    """An evaluation that is in the store, with the seconds that it took; ``cached``: not computed by this call."""
 
     digest: str
     record: Evaluation
+    seconds: float
     cached: bool
 
 
@@ -65,6 +66,10 @@ class Evaluator:
         step = (lambda done, total: report(label, done, total, "")) if report else None
         results = evaluate(self._engine(version.content), load_suite_asset(self.store, suite), step)
         return self._record(key, version, suite, results, time.monotonic() - started)
+
+    def task_score(self, version: VersionEntry, suite: AssetEntry, task: str) -> float:
+        """Mean score of ``version`` on one task of ``suite``, measured now if it was not before."""
+        return float(self.evaluate(version, suite).record.summary["tasks"][task])
 
     def results(self, entry: EvaluationEntry) -> list[ItemResult]:
         stored: list[ItemResult] = parse(self.store.read_blob(entry.record.results))
@@ -119,8 +124,8 @@ class Evaluator:
             settings=engine_document(self.settings),
             results=body.digest,
             summary=summary(results),
-            seconds=round(seconds, 3),
         )
+        seconds = round(seconds, 3)
         with self.store.transaction(self.actor, f"{version.label} evaluated on {suite.label}") as tx:
             raced = _stored(tx.connection, key)
             if raced:  # another process computed the same meanwhile
@@ -128,7 +133,9 @@ class Evaluator:
             tx.add_blobs(locations)
             digest = tx.add_document(record.document())
             tx.connection.execute(
-                insert(table).values(content=key[0], suite=key[1], engine=key[2], document=digest)
+                insert(table).values(
+                    content=key[0], suite=key[1], engine=key[2], document=digest, seconds=seconds
+                )
             )
             tx.append(
                 "evaluation.recorded",
@@ -137,26 +144,27 @@ class Evaluator:
                 suite=key[1],
                 engine=key[2],
                 results=body.digest,
+                seconds=seconds,
             )
-        return EvaluationEntry(digest, record, False)
+        return EvaluationEntry(digest, record, seconds, False)
 
 
 def _stored(connection: Connection, key: tuple[str, str, str]) -> EvaluationEntry | None:
     where = (table.c.content == key[0]) & (table.c.suite == key[1]) & (table.c.engine == key[2])
-    digest = connection.scalar(select(table.c.document).where(where))
-    if digest is None:
-        return None
-    return EvaluationEntry(digest, Evaluation.from_document(read_document(connection, digest)), True)
+    row = connection.execute(select(table).where(where)).first()
+    return _entry(connection, row) if row else None
 
 
 def stored_evaluations(store: Store) -> list[EvaluationEntry]:
-    """Every evaluation that the store holds, in the order of their documents."""
+    """Every evaluation that the store holds, in the order of their keys."""
     with store.database.read() as connection:
-        digests = list(connection.scalars(select(table.c.document)))
-        return [
-            EvaluationEntry(digest, Evaluation.from_document(read_document(connection, digest)), True)
-            for digest in digests
-        ]
+        query = select(table).order_by(table.c.content, table.c.suite, table.c.engine)
+        return [_entry(connection, row) for row in connection.execute(query).all()]
+
+
+def _entry(connection: Connection, row: Row) -> EvaluationEntry:
+    record = Evaluation.from_document(read_document(connection, row.document))
+    return EvaluationEntry(row.document, record, row.seconds, True)
 
 
 def load_suite_asset(store: Store, suite: AssetEntry) -> Suite:

@@ -156,10 +156,10 @@ def _criteria(
     return {entry.name: entry.digest for entry in newest if entry.name in named}, fixed
 
 
-def _budget(connection: Connection, data: list[str], recipe: Recipe) -> dict[str, int]:
+def _budget(connection: Connection, data: list[str], recipe: Recipe) -> dict[str, Any]:
+    """What the update may spend: rows replayed by a method come on top of the new ones, up to ``max_steps``."""
     rows = sum(_facts(connection, digest)["rows"] for digest in data)
-    per_step = recipe.batch_size * recipe.gradient_accumulation
-    return {"rows": rows, "steps": recipe.max_steps or max(1, round(rows * recipe.epochs / per_step))}
+    return {"new_rows": rows, "epochs": recipe.epochs, "max_steps": recipe.max_steps}
 
 
 def _facts(connection: Connection, digest: str) -> dict[str, Any]:

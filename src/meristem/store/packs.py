@@ -134,7 +134,7 @@ class Packs:
         data = self._slice(location)
         if not location.check(data):
             raise Tampered(
-                f"{self.path(location.pack)}: bytes of {location.digest} do not match their digest"
+                f"pack {location.pack[7:19]}...: the bytes of {location.digest} do not match their digest"
             )
         return data
 

@@ -6,7 +6,7 @@ index over them, kept in the same transaction, and ``log verify`` recomputes it 
 
 from __future__ import annotations
 
-from sqlalchemy import Column, Integer, LargeBinary, MetaData, String, Table, UniqueConstraint
+from sqlalchemy import Column, Float, Integer, LargeBinary, MetaData, String, Table, UniqueConstraint
 
 SCHEMA_VERSION = 1
 
@@ -116,4 +116,5 @@ evaluations = Table(
     Column("suite", String, primary_key=True),
     Column("engine", String, primary_key=True),
     Column("document", String, nullable=False),
+    Column("seconds", Float, nullable=False),
 )

@@ -130,7 +130,7 @@ def _evaluation_costs(data: Snapshot) -> list[Cost]:
                 when=wording.moment(event.time) if event else "",
                 kind="evaluation",
                 what=f"{labels[entry.record.content]} on {suite}",
-                seconds=entry.record.seconds,
+                seconds=entry.seconds,
                 steps=None,
                 tokens=None,
                 items=entry.record.summary.get("items"),

@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from meristem.ecosystem.assets import AssetEntry
-from meristem.ecosystem.records import Evaluation
 from meristem.ecosystem.versions import VersionEntry
 from meristem.errors import BadInput
 from meristem.evaluation.matrix import line_matrix
-from meristem.evaluation.service import EvaluationEntry, Evaluator
+from meristem.evaluation.service import EvaluationEntry
 from meristem.web import wording
 from meristem.web.report_data import Snapshot, Standing, standing
 
@@ -93,32 +92,6 @@ class Stored:
         return (found[-1], True) if found else (None, False)
 
 
-class _StoredOnly(Evaluator):
-    """Gives ``line_matrix`` stored scores and, where there are none, ``None``; it never runs a model."""
-
-    def __init__(self, data: Snapshot, stored: Stored):
-        super().__init__(data.ws.store, data.ws.config.evaluation, data.ws.actor)
-        self._stored = stored
-        self.absent: list[str] = []
-
-    def evaluate(self, version: VersionEntry, suite: AssetEntry) -> EvaluationEntry:
-        found, other = self._stored.newest(version, suite)
-        if found is not None and not other:
-            return found
-        self.absent.append(f"{version.label} on {suite.name}")
-        tasks = dict.fromkeys(suite.record.facts["tasks"])
-        nothing = Evaluation(
-            content=version.content,
-            suite=suite.record.facts["digest"],
-            engine="",
-            settings={},
-            results="",
-            summary={"tasks": tasks},
-            seconds=0.0,
-        )
-        return EvaluationEntry("", nothing, True)
-
-
 def scores(data: Snapshot) -> Scores:
     stored = Stored(data.evaluations)
     columns = _columns(data, stored)
@@ -168,14 +141,21 @@ def _metrics(data: Snapshot, stored: Stored) -> tuple[list[Metric], str]:
     champion = data.champion
     if champion is None:
         return [], "There is no champion yet, so there is no released line to measure."
-    reader = _StoredOnly(data, stored)
+    absent: dict[str, None] = {}
+
+    def score(version: VersionEntry, suite: AssetEntry, task: str) -> float | None:
+        entry, other_settings = stored.newest(version, suite)
+        if entry is not None and not other_settings:
+            return float(entry.record.summary["tasks"][task])
+        absent[f"{version.label} on {suite.name}"] = None
+        return None
+
     line = _line(data, champion)
     try:
-        found = line_matrix(reader, line, data.suites)
+        found = line_matrix(score, line, data.suites)
     except BadInput:
         return [], f"{champion.label} and its ancestors learned no task that a suite tests."
-    absent = list(dict.fromkeys(reader.absent))
-    lacks = f"needs {wording.joined(absent)}, not measured" if absent else ""
+    lacks = f"needs {wording.joined(list(absent))}, not measured" if absent else ""
     one = "needs two learned tasks" if len(found.tasks) < 2 else ""
     metrics = [
         _metric(key, getattr(found.matrix, key), one if key in ("bwt", "fwt") and one else lacks)
