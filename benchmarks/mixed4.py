@@ -1,11 +1,16 @@
 """The real stream ``mixed-4`` (AG News -> Amazon -> DBpedia -> MNLI) through the whole loop, method by method.
 
-    python benchmarks/mixed4.py --data ../shared/data --out benchmarks/results --seeds 0 1 2
+    python benchmarks/mixed4.py --data FOLDER --out benchmarks/results --seeds 0 1 2
+
+FOLDER holds one folder per task, named as in ``FOLDERS``, each with ``train.jsonl.gz`` and ``test.jsonl.gz``: lines
+of ``{"text": ..., "label": ...}``, the label as words. Sources: AG News, Amazon reviews, DBpedia and MultiNLI as in
+``CL_Benchmark`` of github.com/cmnfriend/O-LoRA (TC/agnews, SC/amazon, TC/dbpedia, NLI/MNLI). Rows are sampled plainly,
+so classes are only as balanced as the source and chance leave them.
 
 Every run is a line of updates in one workspace: train, evaluate on all four suites, release, next task. The
 gates are wide open on purpose (this measures methods, it does not decide releases), and every method gets the
 same number of optimizer steps and the same batch size. One result file per method and seed; runs that have one
-are skipped, so a broken-off benchmark continues.
+are skipped, so a broken-off benchmark continues. A result file or a workspace made with other settings is refused.
 """
 
 from __future__ import annotations
@@ -16,13 +21,16 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 import meristem as ms
 from meristem.cli.progress import bars
+from meristem.store.canonical import PREFIX, digest_document
 
 STREAM = ("agnews", "amazon", "dbpedia", "mnli")
 PROMPTS = {
@@ -58,7 +66,9 @@ def main() -> None:
         for seed in args.seeds:
             for name in args.methods:
                 path = args.out / f"mixed4-{name}-seed{seed}.json"
-                if not path.exists():
+                if path.exists():
+                    refuse_other_settings(path, json.loads(path.read_text()), settings(name, seed, args))
+                else:
                     path.write_text(json.dumps(_run(ws, name, seed, args), indent=2) + "\n")
                 print(path, flush=True)
     print(table(args.out))
@@ -68,7 +78,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="see above")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workspace", type=Path, default=Path("mixed4-workspace"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -85,7 +95,15 @@ def _arguments() -> argparse.Namespace:
 
 def _workspace(args: argparse.Namespace, progress: object) -> ms.Workspace:
     if (args.workspace / "meristem.yaml").exists():
-        return ms.Workspace.open(args.workspace, actor="benchmark", progress=progress)
+        ws = ms.Workspace.open(args.workspace, actor="benchmark", progress=progress)
+        for task in STREAM:
+            sizes = (
+                ws.asset("dataset", task).record.facts["rows"],
+                ws.asset("suite", task).record.facts["items"],
+            )
+            found = dict(zip(("train_rows", "test_items"), sizes, strict=True))
+            refuse_other_settings(f"{args.workspace}, {task}", found, settings("sequential", 0, args), found)
+        return ws
     args.workspace.mkdir(parents=True)
     (args.workspace / "meristem.yaml").write_text(CONFIG)
     ws = ms.Workspace.create(args.workspace, actor="benchmark", progress=progress)
@@ -98,7 +116,7 @@ def _workspace(args: argparse.Namespace, progress: object) -> ms.Workspace:
 
 
 def _files(args: argparse.Namespace, task: str) -> tuple[Path, Path]:
-    """The task's rows as Meristem's data and suite files, class-balanced as far as the source is."""
+    """The task's rows as Meristem's data and suite files: a plain sample of the source's."""
     folder = args.workspace / "input"
     folder.mkdir(exist_ok=True)
     rows = {split: _read(args.data / FOLDERS[task] / f"{split}.jsonl.gz") for split in ("train", "test")}
@@ -124,33 +142,48 @@ def _files(args: argparse.Namespace, task: str) -> tuple[Path, Path]:
     return train, suite
 
 
-def _run(ws: ms.Workspace, name: str, seed: int, args: argparse.Namespace) -> dict[str, object]:
-    model = f"{name.replace('+', '-')}-s{seed}"
-    methods = [text.format(ewc=args.ewc) for text in METHODS[name]]
-    recipe = {
-        "learning_rate": 1e-3,
-        "max_steps": args.steps,
-        "lora": {"layers": 0.5},
+def settings(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that decides a run's result, as its result file says it."""
+    return {
+        "method": name,
+        "methods": [text.format(ewc=args.ewc) for text in METHODS[name]],
         "seed": seed,
-        "max_length": 256,
+        "recipe": {
+            "learning_rate": 1e-3,
+            "max_steps": args.steps,
+            "lora": {"layers": 0.5},
+            "seed": seed,
+            "max_length": 256,
+        },
+        "train_rows": args.train,
+        "test_items": args.test,
     }
+
+
+def refuse_other_settings(
+    where: object, found: dict[str, Any], wanted: dict[str, Any], keys: Iterable[str] | None = None
+) -> None:
+    """Exit when ``found`` is of a run with other settings: its numbers would be mixed with the new ones."""
+    other = [f"{k} {found.get(k)}, not {wanted[k]}" for k in keys or wanted if found.get(k) != wanted[k]]
+    if other:
+        raise SystemExit(f"{where}: made with {'; '.join(other)}: give another --out and --workspace")
+
+
+def _run(ws: ms.Workspace, name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    chosen = settings(name, seed, args)
+    model = f"{name.replace('+', '-')}-s{seed}-{digest_document(chosen).removeprefix(PREFIX)[:6]}"
     if model not in {m.name for m in ws.models()}:
         ws.add_model(model, tier="industrial", base="smollm2")
     started = time.monotonic()
     for task in STREAM:
         if task not in ws.version(model).record.tasks:  # else: released before this run was broken off
-            update = ws.update(model, data=[task], methods=methods, recipe=recipe)
+            update = ws.update(model, data=[task], methods=chosen["methods"], recipe=chosen["recipe"])
             ws.promote(ws.propose(update.version))
     outcomes = [ws.update_result(entry.id).outcome for entry in ws.records("update", model)]
     updates = [{"steps": o.steps, "tokens": o.tokens, "seconds": o.seconds} for o in outcomes]
     found = ws.task_matrix(model)
     return {
-        "method": name,
-        "methods": methods,
-        "seed": seed,
-        "recipe": recipe,
-        "train_rows": args.train,
-        "test_items": args.test,
+        **chosen,
         "threads": args.threads,
         **found.to_document(),
         "updates": updates,

@@ -158,6 +158,17 @@ def test_a_bad_recipe_file_is_refused(load, text, message):
         load(text, load_recipe)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CUDA", "cpu:0", ""])
+def test_a_device_is_one_that_torch_knows(load, device):
+    message = f"device: a device is cpu, cuda, cuda:N .* or mps .found '{device}'"
+    with pytest.raises(BadInput, match=message):
+        load(f"device: '{device}'", load_recipe)
+    with pytest.raises(BadInput, match=f"evaluation.{message}"):
+        load(HEAD + f"evaluation: {{device: '{device}'}}")
+    for known in ("cpu", "cuda", "cuda:1", "mps"):
+        assert resolve_recipe({"device": known}).device == known
+
+
 def test_a_recipe_survives_its_document():
     recipe = resolve_recipe(
         {"lora": {"rank": 4, "targets": ["q_proj"]}, "methods": [{"name": "ewc"}], "seed": 3}

@@ -10,7 +10,7 @@ from tests import acme
 import meristem as ms
 from meristem import loop
 from meristem.ecosystem.records import Plan
-from meristem.errors import NonFiniteLoss, StateMoved, TrainingFailed
+from meristem.errors import BadInput, NonFiniteLoss, StateMoved, TrainingFailed
 from meristem.planning import planner
 from meristem.release import decisions, rollout
 from meristem.training import updates
@@ -71,16 +71,20 @@ def test_new_data_is_planned_in_full_before_training_and_released(quick):
 
 
 def test_criteria_do_not_move_after_the_plan(quick):
-    """A policy made laxer or stricter after planning does not change what the plan is judged by."""
+    """A policy made laxer or stricter after planning does not change what the plan is judged by, nor by whom."""
     ws = open_(quick)
     ws.signal("new-data", "support", data=["a"])
-    planned = ws.plan("support").as_(Plan).criteria
+    plan = ws.plan("support").as_(Plan)
     ws.close()
     acme.gates(quick, "{gate: improvement, suites: all, min_gain: 1.0}")
+    acme.configure(quick, approvals="1")
     ws = open_(quick)
     turn = ws.turn("support")
     assert turn.outcome == "released"
-    assert [g.gate for g in turn.decision.record.gates] == [c.gate for c in planned]
+    decision = turn.decision.record
+    assert [g.gate for g in decision.gates] == [c.gate for c in plan.criteria]
+    assert (decision.policy, decision.approvals_needed) == (plan.policy, 0)
+    assert ws.store.document(plan.policy)["gates"][0]["gate"] == "non_inferiority"
     ws.close()
 
 
@@ -210,6 +214,65 @@ def test_lost_weights_stop_the_plan_with_the_reason(quick, monkeypatch):
         ws.turn("support")
     assert statuses(ws, "plan") == ["failed"] and statuses(ws, "update") == ["failed"]
     assert ws.turn("support") is None and ws.version("support").number == 1
+    ws.close()
+
+
+@pytest.mark.parametrize(("room", "name"), [(updates, "run"), (decisions, "propose")])
+def test_what_is_refused_while_a_plan_is_carried_out_ends_it(quick, monkeypatch, room, name):
+    """Left open it would be tried for ever, and no other signal of the model would be answered."""
+    ws = open_(quick)
+    ws.signal("new-data", "support", data=["a"])
+
+    def refuse(*_):
+        raise BadInput("suite a: an item is longer than the model's context")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(room, name, refuse)
+        with pytest.raises(BadInput, match="longer than"):
+            ws.turn("support")
+    assert statuses(ws, "plan") == ["failed"] and "longer than" in list(ws.events())[-1].reason
+    assert ws.turn("support") is None
+    ws.signal("new-data", "support", data=["b"])
+    assert ws.turn("support").outcome == "released"
+    ws.close()
+
+
+def test_a_plan_whose_approval_never_comes_is_closed_by_hand(quick):
+    acme.configure(quick, approvals="1")
+    ws = open_(quick)
+    ws.signal("new-data", "support", data=["a"])
+    ws.turn("support")
+    ws.signal("new-data", "support", data=["b"])
+    ws.close_plan("plan-1", "nobody approves")
+    assert ws.turn("support").plan.id == "plan-2" and statuses(ws, "plan") == ["closed", "open"]
+    ws.close()
+
+
+def test_a_plan_closed_while_it_was_carried_out_releases_nothing(quick, monkeypatch):
+    ws = open_(quick)
+    ws.signal("new-data", "support", data=["a"])
+    original = decisions.propose
+
+    def closed_meanwhile(*args):
+        ws.close_plan("plan-1", "stop it")
+        return original(*args)
+
+    monkeypatch.setattr(decisions, "propose", closed_meanwhile)
+    with pytest.raises(StateMoved, match="plan-1 was set to closed meanwhile; decision-1 is not released"):
+        ws.turn("support")
+    assert ws.version("support").number == 1 and statuses(ws, "plan") == ["closed"]
+    ws.close()
+
+
+def test_a_failed_plan_asks_for_one_more_attempt_only_once(quick):
+    """Two loops that judged the same plan: the second finds it stopped, and its signal is not written."""
+    acme.gates(quick, "{gate: improvement, suites: all, min_gain: 1.0}")
+    ws = open_(quick)
+    ws.signal("new-data", "support", data=["a"])
+    turn = ws.turn("support")
+    with pytest.raises(StateMoved, match="plan-1 is stopped by now, no longer open"):
+        loop._stop(ws, turn.plan, turn.version, turn.decision)
+    assert [e.record.kind for e in ws.records("signal")] == ["new-data", "regression"]
     ws.close()
 
 

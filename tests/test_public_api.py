@@ -10,9 +10,11 @@ import pytest
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "scipy", "sqlalchemy")
 
 
-@pytest.mark.parametrize("module", ["meristem", "meristem.methods", "meristem.cli.main"])
-def test_import_loads_nothing_heavy(module: str) -> None:
-    code = f"import sys, {module}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
+@pytest.mark.parametrize(
+    "use", ["import meristem", "import meristem.methods", "from meristem.cli.main import build; build()"]
+)
+def test_nothing_heavy_is_loaded_before_it_is_used(use: str) -> None:
+    code = f"import sys; {use}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []
 

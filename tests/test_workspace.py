@@ -201,7 +201,7 @@ def test_an_update_needs_data_and_has_a_version_only_when_done(ws):
 
     recipe = Recipe.from_document(ws.store.document(plan.record.recipe))
     entry = updates.open_update(
-        ws.store, "kim", parent=ws.version("support"), data=plan.record.data, recipe=recipe, plan=plan.digest
+        ws.store, "kim", parent=ws.version("support"), data=plan.record.data, recipe=recipe
     )
     with pytest.raises(BadInput, match="update-1 is open and has no version yet"):
         _ = ws.update_result(entry.id).version

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from meristem.errors import BadInput
 
@@ -43,11 +44,21 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def known_device(name: str) -> str:
+    """``name`` if it is a device that torch knows by that name; ``ValueError`` says what is."""
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", name):
+        raise ValueError("a device is cpu, cuda, cuda:N (N counts from 0) or mps")
+    return name
+
+
+Device = Annotated[str, AfterValidator(known_device)]
+
+
 class EvaluationSettings(_Strict):
     """What an engine digest is made of, beside library versions."""
 
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    device: str = "cpu"
+    device: Device = "cpu"
     batch_tokens: Annotated[int, Field(ge=64)] = 4096
 
 
@@ -81,10 +92,14 @@ class MethodConfig(_Strict):
 
 
 class Recipe(_Strict):
-    """Every choice of a training run. Stored resolved with the run; never names an import path."""
+    """Every choice of a training run. Stored resolved with the run; never names an import path.
+
+    What ``lora`` leaves out is settled when an update is planned: as in the adapter that is continued, else the
+    defaults (``training.recipes``).
+    """
 
     stage: Literal["cit"] = "cit"
-    lora: Lora = Lora()
+    lora: Lora | None = None
     methods: list[MethodConfig] = []
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -97,7 +112,7 @@ class Recipe(_Strict):
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     max_length: Annotated[int, Field(ge=8)] = 512
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    device: str = "cpu"
+    device: Device = "cpu"
     checkpoint_steps: Annotated[int, Field(ge=1)] = 20
     seed: int = 0
 
@@ -226,7 +241,8 @@ def _first(error: ValidationError, prefix: str = "") -> str:
         return f"{where}: unknown key; check its spelling and its indentation"
     if detail["type"] == "missing":
         return f"{where}: missing; add it"
-    return f"{where}: {detail['msg'].lower()} (found {_shown(detail['input'])})"
+    told = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"].lower()
+    return f"{where}: {told} (found {_shown(detail['input'])})"
 
 
 def _shown(value: Any) -> str:

@@ -1,7 +1,6 @@
 """One turn of the loop, start to end: signals -> plan -> update -> evaluation -> decision -> release.
 
-Every stage is stored before the next begins and finds its own earlier result, so a turn that was interrupted
-anywhere is finished by running it again.
+Every stage is stored before the next begins and finds its earlier result: a turn cut off is run again.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from meristem.ecosystem import ledger
 from meristem.ecosystem.ledger import Entry
 from meristem.ecosystem.records import Decision, Plan
 from meristem.ecosystem.versions import VersionEntry
-from meristem.errors import TrainingFailed
+from meristem.errors import BadInput, StateMoved, TrainingFailed
 from meristem.monitoring import signals
 from meristem.release import rollout
 
@@ -37,8 +36,7 @@ class Turn:
 
 def turn(ws: Workspace, model: str) -> Turn | None:
     """Answer the oldest pending signal of ``model``; None when there is nothing to do."""
-    plan = ws.plan(model)
-    if plan is None:
+    if (plan := ws.plan(model)) is None:
         return None
     record = plan.as_(Plan)
     if record.action == "wait":
@@ -46,18 +44,20 @@ def turn(ws: Workspace, model: str) -> Turn | None:
         return Turn("waiting", record.reason, plan)
     try:
         update = ws.run_plan(plan)
-    except TrainingFailed as error:
+        if rollout.is_released(ws.store, plan, update.version):
+            _close(ws, plan, "done", f"{update.version.label} was released")
+            return Turn("released", f"{update.version.label} was released already", plan, update.version)
+        decision = ws.propose(update.version, plan=plan)
+    except (TrainingFailed, BadInput) as error:
         _close(ws, plan, "failed", str(error))
         raise
-    if rollout.is_released(ws.store, plan, update.version):
-        _close(ws, plan, "done", f"{update.version.label} was released")
-        return Turn("released", f"{update.version.label} was released already", plan, update.version)
-    decision = ws.propose(update.version, plan=plan)
     if not decision.passed:
         return _stop(ws, plan, update.version, decision.entry)
     if decision.approvals_missing:
         reason = f"{decision.id} passed and waits for approval"
         return Turn("waiting", reason, plan, update.version, decision.entry, unfinished=True)
+    if (now := ws.record(plan.id).status) != "open":
+        raise StateMoved(f"{plan.id} was set to {now} meanwhile; {decision.id} is not released")
     ws.promote(decision.id)
     _close(ws, plan, "done", f"{decision.id} passed and was released")
     return Turn("released", f"{decision.id} passed every gate", plan, update.version, decision.entry)
@@ -68,13 +68,13 @@ def _stop(ws: Workspace, plan: Entry, version: VersionEntry, decision: Entry) ->
     record = decision.as_(Decision)
     reason = "; ".join(f"{g.gate} on {g.suite}: {g.reason}" for g in record.gates if g.outcome != "pass")
     with ws.store.transaction(ws.actor, reason) as tx:
-        attempts = ws.config.for_model(record.model).attempts
         failed = record.outcome == "fail"  # inconclusive wants more test items, not more training
-        signal = signals.regression(tx, plan.as_(Plan), decision, attempts) if failed else None
-        ledger.set_status(tx, plan, "stopped")
+        attempts = ws.settings(record.model).attempts if failed else 0
+        signal = signals.regression(tx, plan.as_(Plan), decision, attempts)
+        ledger.set_status(tx, plan, "stopped", expected="open")
     return Turn("stopped", reason, plan, version, decision, signal)
 
 
 def _close(ws: Workspace, plan: Entry, status: str, reason: str) -> None:
     with ws.store.transaction(ws.actor, reason) as tx:
-        ledger.set_status(tx, plan, status)
+        ledger.set_status(tx, plan, status, expected="open")

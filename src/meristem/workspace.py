@@ -90,7 +90,21 @@ class Workspace:
         self.store.database.close()
 
     def settings(self, model: str) -> ModelSettings:
-        return self.config.for_model(model)
+        """The policy of ``model``. Raises ``BadInput`` for a gate or a model of ``meristem.yaml`` that is not there."""
+        from meristem.release import gates
+
+        known = {found.name for found in self.models()}
+        for name in sorted(set(self.config.models) - known):
+            raise BadInput(
+                f"{CONFIG_NAME}: models.{name}: no such model; models here: {', '.join(sorted(known))}"
+            )
+        settings = self.config.for_model(model)
+        try:
+            for gate in settings.gates:
+                gates.build(gate.gate, gate.arguments)
+        except BadInput as error:
+            raise BadInput(f"{CONFIG_NAME}: {error}") from error
+        return settings
 
     # Models and versions
 
@@ -179,6 +193,7 @@ class Workspace:
 
     def _datasets(self, names: list[str]) -> list[str]:
         """Digests of the named data sets, each once."""
+        names = [names] if isinstance(names, str) else names
         return list(dict.fromkeys(self.asset("dataset", name).digest for name in names))
 
     def _add_asset(self, record: Asset, blobs: list[Any]) -> AssetEntry:
@@ -226,6 +241,13 @@ class Workspace:
             models.get(connection, model)
         return planner.plan_next(self.store, self.actor, self.settings(model), model)
 
+    def close_plan(self, name: str, reason: str = "") -> Entry:
+        """Give up an open plan, so that the loop goes on to the next signal."""
+        from meristem.planning import planner
+
+        planner.close(self.store, self.actor, self.record(name), reason)
+        return self.record(name)
+
     def update(
         self,
         model: str,
@@ -244,7 +266,7 @@ class Workspace:
         settings = self.settings(model)
         built = [parse(text) for text in methods or []]
         added = {"methods": [{"name": m.label, "arguments": m.arguments()} for m in built]} if built else {}
-        own = recipe.model_dump() if isinstance(recipe, Recipe) else recipe or {}
+        own = dict(recipe or {})  # a Recipe too: its lora keeps what was left open
         resolved = resolve_recipe(settings.recipe, own, added)
         digests = self._datasets(data)
         if not digests:
@@ -262,9 +284,7 @@ class Workspace:
         recipe = Recipe.from_document(self.store.document(record.recipe))
         with self.store.database.read() as connection:
             parent = versions.by_digest(connection, record.parent)
-        entry = updates.open_update(
-            self.store, self.actor, parent=parent, data=record.data, recipe=recipe, plan=plan.digest
-        )
+        entry = updates.open_update(self.store, self.actor, parent=parent, data=record.data, recipe=recipe)
         return self.resume(entry.id)
 
     def resume(self, name: str) -> UpdateResult:
@@ -377,12 +397,12 @@ class Workspace:
             return ledger.entries(connection, "release", model=model)
 
     def _plan_of(self, version: VersionEntry) -> Entry | None:
-        """The newest plan whose update made ``version`` (the same training twice gives the same version)."""
-        for entry in reversed(self.records("update", version.model)):
-            if entry.result and self.update_result(entry.id).version.digest == version.digest:
-                digest = entry.as_(Update).plan
-                with self.store.database.read() as connection:
-                    return ledger.by_digest(connection, "plan", digest) if digest else None
+        """The newest plan for the training that made ``version``: the same parent, data and recipe."""
+        made = version.record
+        for entry in reversed(self.records("plan", version.model)):
+            plan = entry.as_(Plan)
+            if ([plan.parent], plan.data, plan.recipe) == (made.parents, made.data, made.recipe):
+                return entry
         return None
 
     # Loop and evidence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,8 +11,9 @@ import pytest
 from tests import acme
 
 import meristem as ms
-from meristem.cli.main import app
+from meristem.cli.main import build
 
+app = build()
 NOUNS = {group.typer_instance.info.name: group.typer_instance for group in app.registered_groups}
 VERBS = [(noun, c.name) for noun, made in NOUNS.items() for c in made.registered_commands]
 ALONE = [c.name for c in app.registered_commands]
@@ -36,6 +38,9 @@ COMMANDS = [
     ("plan make support", 0),
     ("plan list", 0),
     ("plan show plan-1", 0),
+    ("signal add --kind incident --model plain --note again", 0),
+    ("plan make plain", 0),
+    ("plan close plan-4 --reason solved", 0),
     ("update run support --data b --method experience-replay:ratio=0.5 --method ewc:strength=1,samples=8", 0),
     ("update resume update-3", 0),
     ("update show update-3", 0),
@@ -118,6 +123,17 @@ def test_inconclusive_is_exit_3(cli, grown):
     assert done.code == 3 and "INCONCLUSIVE" in done.out
 
 
+def test_a_plan_that_nobody_wants_any_more(cli, fresh):
+    """Closed with its reason, the loop goes on to the next signal; a second time it is refused."""
+    assert cli(fresh, "signal", "add", "--kind", "incident", "--model", "support", "--data", "a").code == 0
+    assert cli(fresh, "plan", "make", "support").code == 0
+    done = cli(fresh, "plan", "close", "plan-1", "--reason", "withdrawn", "--json")
+    assert done.code == 0 and json.loads(done.out) == {"id": "plan-1", "status": "closed"}
+    assert cli(fresh, "loop", "run").out == "no signal is pending\n"
+    again = cli(fresh, "plan", "close", "plan-1")
+    assert again.code == 2 and "only an open plan can be closed" in again.err
+
+
 def test_a_failed_turn_of_one_model_is_not_hidden_by_another(cli, grown, files):
     """Two models, the first fails its gates, the second has nothing wrong: exit 1."""
     ws = ms.Workspace.open(grown)
@@ -137,8 +153,11 @@ def test_a_failed_turn_of_one_model_is_not_hidden_by_another(cli, grown, files):
 def test_approvals(cli, grown):
     """Two signatures by two people before a passed decision may be promoted; a failed one cannot be signed."""
     acme.configure(grown, approvals="2")
-    name = json.loads(cli(grown, "release", "propose", "support@v4", "--json").out)["id"]
-    assert name == "decision-4"  # another policy, another decision
+    done = cli(grown, "release", "propose", "support@v4", "--json")
+    assert json.loads(done.out)["id"] == "decision-3"  # planned, and so judged, under the policy before
+    methods = ("--method", "experience-replay:ratio=0.5", "--method", "ewc:strength=2,samples=8")
+    assert cli(grown, "update", "run", "support", "--data", "b", *methods).code == 0
+    name = json.loads(cli(grown, "release", "propose", "support@v5", "--json").out)["id"]
     done = cli(grown, "release", "promote", name)
     assert done.code == 2 and "needs 2 approvals and has 0" in done.err
     for actor, missing in (("ann", 1), ("ann", 1), ("ben", 0)):
@@ -185,6 +204,46 @@ def test_ctrl_c_is_exit_130(cli, grown, monkeypatch):
     monkeypatch.setattr(ms.Workspace, "models", stopped)
     done = cli(grown, "model", "list")
     assert done.code == 130 and done.err == "meristem: interrupted; the same command finishes the work\n"
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_exit_130():
+    code = (
+        "import sys, builtins; real = builtins.__import__\n"
+        "def stopped(name, *rest):\n"
+        "    if name == 'typer': raise KeyboardInterrupt\n"
+        "    return real(name, *rest)\n"
+        "from meristem.cli.main import main\n"
+        "builtins.__import__ = stopped; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr == "meristem: interrupted; the same command finishes the work\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "code"), [("eval compare support@v3 support@v2 --suite a", 1), ("log verify", 0)]
+)
+def test_a_reader_that_went_away_does_not_change_the_exit_code(grown, line, code):
+    """It is the command's own, also when that is not 0."""
+    start = "from meristem.cli.main import main; main()"
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-c", start, "--workspace", str(grown), *line.split()]
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [("BrokenPipeError(32, 'gone')", 141), ("SystemExit(1)", 1), ("SystemExit(0)", 0)]
+)
+def test_work_that_a_broken_pipe_cut_off_is_not_reported_as_done(raised, code):
+    start = (
+        "import sys; sys.argv = ['meristem', 'init']\nfrom meristem.workspace import Workspace\n"
+        f"def cut(folder): raise {raised}\n"
+        "Workspace.create = cut\nfrom meristem.cli.main import main; main()"
+    )
+    assert subprocess.run([sys.executable, "-c", start], check=False).returncode == code
 
 
 def test_a_reader_that_goes_away_is_no_error(grown):

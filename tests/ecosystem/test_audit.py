@@ -184,6 +184,36 @@ def test_an_event_with_senseless_data_is_a_problem_and_not_a_crash(store):
     assert "do not say what happened" in " ".join(audit.verify(store).problems)
 
 
+JUNK = [None, 5, "x", [], [[]], [5], {}, {"a": []}, {"a": {}}]
+
+
+def test_events_of_the_wrong_shape_are_problems_and_not_crashes(store):
+    """Every field of every event in turn, in a log whose hashes were recomputed."""
+    with store.database.read() as connection:
+        last = json.loads(connection.scalars(select(schema.events.c.body)).all()[-1])
+    assert last["kind"] == "alias.moved"
+    for field in ("data", "subject", "kind", "actor", "time"):
+        for junk in JUNK:
+            _rewritten(store, lambda events, put=last | {field: junk}: events[-1].update(put))
+            assert audit.verify(store).intact is (field in ("actor", "time")), (field, junk)
+
+
+def test_documents_of_the_wrong_shape_are_problems_and_not_crashes(store):
+    """Every field that should name something else, in a document that matches its digest."""
+    for kind in Record.__subclasses__():
+        for field in (*kind.DOCUMENTS, *kind.BLOBS):
+            for junk in [junk for junk in JUNK if junk not in (None, [], {})]:
+                body = canonical({"schema": kind.SCHEMA, field: junk})
+                with store.database.write() as connection:
+                    row = {"digest": digest_bytes(body), "schema": kind.SCHEMA, "body": body}
+                    connection.execute(schema.documents.insert().values(**row))
+                with store.database.read() as connection:  # the part of `verify` that reads documents
+                    found = audit.Audit()
+                    audit._check_documents(connection, audit._Expected(), found)
+                assert found.problems or (junk == "x" and field in kind.BLOBS), (kind, field, junk)
+                execute(store, f"DELETE FROM documents WHERE digest = '{digest_bytes(body)}'")
+
+
 def test_every_byte_of_every_pack_counts(store):
     """Headers too: from them the index can be rebuilt."""
     for path in sorted(store.packs.root.iterdir(), key=lambda path: path.stat().st_size)[:2]:
@@ -234,7 +264,7 @@ def _rewritten(store, change):
         for number, fields in enumerate(bodies, 1):
             body = canonical(fields | {"sequence": number, "previous": previous})
             previous = digest_bytes(body)
-            row = (number, previous, fields["kind"], fields["subject"], body)
+            row = (number, previous, str(fields["kind"]), str(fields["subject"]), body)
             connection.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", row)
 
 

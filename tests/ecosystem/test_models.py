@@ -11,6 +11,7 @@ from tests.ecosystem import hf
 from meristem.ecosystem import aliases, models, sources, versions
 from meristem.ecosystem.records import Content, Version
 from meristem.errors import BadInput, EnvironmentFailure
+from meristem.store import evidence
 from meristem.store.schema import documents, events
 
 
@@ -200,6 +201,9 @@ def test_the_same_work_has_the_same_digests_on_every_machine(new_store, tmp_path
         entry = models.add(store, actor, "law", "industrial", str(adapter), "base")
         with store.database.read() as connection:
             heads = list(connection.scalars(events.select().with_only_columns(events.c.hash)))
+            (told, _) = [event.reason for event in evidence.read(connection, kind="model.added")]
+            assert models.get(connection, "base").source == f"folder base-{number}"  # no path of this machine
+        assert told == f"model base added from folder base-{number}"
         found.append(((entry.digest, entry.content), heads))
         for document in (entry.record.document(), json.loads(json.dumps(entry.record.document()))):
             assert not {"time", "host", "actor", "path"} & set(document)

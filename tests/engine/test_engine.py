@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -11,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.engine.conftest import make_model, make_tokenizer
 
+from meristem.engine import identity
 from meristem.engine.batching import plan
 from meristem.engine.generate import generate
-from meristem.engine.identity import EngineSettings, engine_digest
-from meristem.engine.load import load, wrap
+from meristem.engine.identity import EngineSettings, engine_digest, engine_document
+from meristem.engine.load import load, load_for_training, wrap
 from meristem.engine.prompts import encode_option, encode_prompt
 from meristem.errors import BadInput
+from meristem.store.canonical import digest_document
 
 
 @torch.inference_mode()
@@ -99,6 +102,20 @@ def test_load_sets_dtype_eval_and_sdpa(folders):
     assert tuned.digest == plain.digest == engine_digest(EngineSettings())
 
 
+def test_an_adapter_s_own_tokenizer_serves_scoring_and_training(folders, tmp_path, tokenizer):
+    base, adapter = folders
+    own = tmp_path / "own"
+    shutil.copytree(adapter, own)
+    for folder, template in ((adapter, tokenizer.chat_template), (own, "{{ messages[0].content }}")):
+        if folder == own:
+            changed = make_tokenizer()
+            changed.chat_template = template
+            changed.save_pretrained(own)
+        scoring = load(folder, base_folder=base).tokenizer
+        _, training = load_for_training(folder, base, "float32")
+        assert scoring.chat_template == training.chat_template == template
+
+
 def test_load_refusals(folders, tmp_path):
     base, adapter = folders
     with pytest.raises(BadInput, match="needs base_folder"):
@@ -109,6 +126,10 @@ def test_load_refusals(folders, tmp_path):
         load(tmp_path)
     with pytest.raises(BadInput, match="dtype 'int4'"):
         load(base, dtype="int4")
+    with pytest.raises(BadInput, match="device 'gpu': a device is cpu, cuda"):
+        load(base, device="gpu")
+    with pytest.raises(BadInput, match=r"device 'cuda:99': \w+ CUDA devices here"):
+        load(base, device="cuda:99")
     with pytest.raises(BadInput, match="batch_tokens"):
         load(base, batch_tokens=0)
     (tmp_path / "pickled").mkdir()
@@ -122,7 +143,7 @@ def test_load_refusals(folders, tmp_path):
         load(tmp_path / "bare")
 
 
-def test_engine_digest_follows_every_setting_and_needs_no_torch():
+def test_engine_digest_follows_every_setting_and_needs_no_torch(monkeypatch):
     settings = [
         EngineSettings(),
         EngineSettings(dtype="float32"),
@@ -131,6 +152,12 @@ def test_engine_digest_follows_every_setting_and_needs_no_torch():
         EngineSettings(batch_tokens=1),
     ]
     assert len({engine_digest(one) for one in settings}) == len(settings)
+    document = engine_document(settings[0])
+    assert document["scoring"] == identity.SCORING and document["libraries"]["tokenizers"]
+    with monkeypatch.context() as patched:
+        patched.setattr(identity, "SCORING", identity.SCORING + 1)
+        assert engine_digest(settings[0]) != digest_document(document)
+    assert engine_digest(settings[0]) == digest_document(document)
     code = (
         "import sys, meristem.engine.identity as i, meristem.evaluation.run, meristem.evaluation.verdicts;"
         "print(i.engine_digest(i.EngineSettings())); assert 'torch' not in sys.modules"

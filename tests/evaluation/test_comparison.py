@@ -39,7 +39,7 @@ def counts(flipped, gained, n):
     """A comparison with these discordant pairs; the rest right in both."""
     old = [1] * flipped + [0] * gained + [1] * (n - flipped - gained)
     new = [0] * flipped + [1] * gained + [1] * (n - flipped - gained)
-    return compare(results(old), results(new))
+    return compare(old=results(old), new=results(new))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_clopper_pearson_and_bootstrap():
 def test_a_comparison_by_hand():
     old = results([1, 1, 0, 0, 1], ["x", "x", "y", None, "y"])
     new = results([0, 1, 1, 0, 1], ["x", "x", "y", None, "y"])
-    found = compare(old, new[::-1])
+    found = compare(old=old, new=new[::-1])
     assert (found.n, found.old_score, found.new_score, found.difference) == (5, 0.6, 0.6, 0.0)
     assert (found.flipped, found.gained, found.nfr) == (("t/0",), ("t/2",), 0.2)
     assert found.variance == pytest.approx(0.4)
@@ -141,20 +141,26 @@ def test_a_comparison_by_hand():
 )
 def test_results_that_cannot_be_paired(old, new, message):
     with pytest.raises(BadInput, match=message):
-        compare(old, new)
+        compare(old=old, new=new)
+
+
+def test_old_and_new_are_said_by_name():
+    """``Workspace.compare`` takes new, old: without names a swapped call would only change the sign."""
+    with pytest.raises(TypeError):
+        compare(results([1]), results([0]))
 
 
 def test_confidence_is_checked():
     for wrong in (0.5, 1.0, 95):
         with pytest.raises(BadInput, match="confidence"):
-            compare(results([1]), results([1]), confidence=wrong)
+            compare(old=results([1]), new=results([1]), confidence=wrong)
         with pytest.raises(BadInput, match="confidence"):
             counts(1, 1, 4).bounds(wrong)
 
 
 def test_graded_scores_use_the_bootstrap():
     rng = np.random.default_rng(0)
-    found = compare(results(rng.random(50)), results(rng.random(50)))
+    found = compare(old=results(rng.random(50)), new=results(rng.random(50)))
     assert not found.binary
     assert found.interval == found.bootstrap
     assert found.tasks[0].interval is None
@@ -166,7 +172,7 @@ def test_graded_scores_use_the_bootstrap():
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
 def test_swapping_old_and_new_negates_the_difference(pairs):
     old, new = results([a for a, _ in pairs]), results([b for _, b in pairs])
-    one, other = compare(old, new), compare(new, old)
+    one, other = compare(old=old, new=new), compare(old=new, new=old)
     assert other.difference == pytest.approx(-one.difference)
     assert (other.flipped, other.gained) == (one.gained, one.flipped)
     assert other.mcnemar_p == pytest.approx(one.mcnemar_p)

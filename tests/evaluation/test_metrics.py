@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from meristem.errors import BadInput
-from meristem.evaluation.metrics import TaskMatrix, summarise
+from meristem.evaluation.metrics import TaskMatrix
 
 HAND = TaskMatrix(((0.8, 0.2, 0.1), (0.5, 0.9, 0.3), (0.6, 0.7, 1.0)), baseline=(0.1, 0.1, 0.2))
 
@@ -42,17 +42,3 @@ def test_undefined_is_none():
 def test_refusals(scores, baseline, message):
     with pytest.raises(BadInput, match=message):
         TaskMatrix(scores, baseline)
-
-
-def test_summary_per_task_and_slice():
-    def row(task, score, slice=None):
-        return {"task": task, "id": "x", "slice": slice, "score": score}
-
-    rows = [row("b", 1.0, "z"), row("b", 0.0, "a"), row("a", 1.0), row("b", 0.0, "z")]
-    assert [(r["task"], r["slice"], r["n"]) for r in summarise(rows)] == [
-        ("b", None, 3),
-        ("b", "a", 1),
-        ("b", "z", 2),
-        ("a", None, 1),
-    ]
-    assert summarise(rows)[0]["score"] == pytest.approx(1 / 3)

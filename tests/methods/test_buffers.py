@@ -55,6 +55,46 @@ def test_state_is_json_and_a_restored_buffer_goes_on_the_same(kind):
     assert second.rows() == whole.rows() and second.state() == whole.state()
 
 
+def held_after_reload(kind, before, after, seen, more):
+    """How often each row is held over many seeds: ``seen`` rows, then ``more`` with another capacity."""
+    counts = Counter()
+    for seed in range(2000):
+        first, second = BUFFERS[kind](before, seed), BUFFERS[kind](after, seed)
+        first.add(rows("a", seen))
+        second.load(json.loads(json.dumps(first.state())))
+        second.add(rows("a", seen + more)[seen:])
+        counts.update(row["id"] for row in second.rows())
+    return [counts[f"a-{n}"] for n in range(seen + more)]
+
+
+@pytest.mark.parametrize("kind", list(BUFFERS))
+@pytest.mark.parametrize(("seen", "more"), [(30, 0), (30, 12), (9, 0), (9, 12)])
+def test_a_smaller_capacity_keeps_a_uniform_sample(kind, seen, more):
+    counts = held_after_reload(kind, 10, 4, seen, more)
+    assert sum(counts) == 2000 * 4 and chisquare(counts).pvalue > 0.001
+
+
+def test_a_reservoir_that_dropped_rows_cannot_grow_and_one_that_did_not_can():
+    first = ReservoirBuffer(4)
+    first.add(rows("a", 4))
+    second = ReservoirBuffer(6)
+    second.load(first.state())
+    second.add(rows("a", 9)[4:])
+    assert len(second.rows()) == 6
+    with pytest.raises(BadInput, match="kept 6 of 9 rows and cannot grow to capacity=7: keep capacity=6"):
+        ReservoirBuffer(7).load(second.state())
+
+
+def test_a_larger_share_stays_uniform_and_leaves_room_for_tasks_to_come():
+    counts = held_after_reload("task-balanced", 4, 20, 10, 5)
+    assert sum(counts) == 2000 * 4 and chisquare(counts).pvalue > 0.001
+    first, second = TaskBalancedBuffer(4), TaskBalancedBuffer(20)
+    first.add(rows("a", 10))
+    second.load(first.state())
+    second.add(rows("b", 30))
+    assert Counter(row["task"] for row in second.rows()) == {"a": 4, "b": 10}
+
+
 @pytest.mark.parametrize("kind", list(BUFFERS))
 def test_a_row_can_be_forgotten(kind):
     buffer = BUFFERS[kind](7)

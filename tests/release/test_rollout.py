@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sqlite3
+
 import pytest
 from tests import acme
 
 import meristem as ms
 from meristem.config import ModelSettings
 from meristem.errors import BadInput, GateFailed, StateMoved
-from meristem.release import criteria, decisions, gates
+from meristem.release import criteria, decisions, gates, rollout
 
 
 @pytest.fixture
@@ -55,6 +57,62 @@ def test_groups_of_suites(ws, tmp_path):
 def test_gates_with_bad_arguments(name, arguments, told):
     with pytest.raises(BadInput, match=told):
         gates.build(name, arguments)
+
+
+def test_a_task_without_a_suite_is_refused(ws):
+    """It would drop out unseen: absent evidence never passes."""
+    gate = {"gate": "non_inferiority", "margin": 0.1}
+    with pytest.raises(BadInput, match="every learned task, and no suite tests y and z: add a suite"):
+        names(ws, {**gate, "suites": "learned"}, {"b"}, {"a", "y", "z"})
+    with pytest.raises(BadInput, match="every new task, and no suite tests z"):
+        names(ws, {**gate, "suites": "new"}, {"b", "z"}, {"a"})
+    assert names(ws, {**gate, "suites": ["a"]}, {"z"}, {"y"}) == ["a"]  # a team that names its suites knows
+
+
+def test_what_the_champion_learned_meanwhile_is_guarded_too(ws, files):
+    """v4 learned b and v5 c, both from v2: after v4's release v5 must not lose b unseen."""
+    ws.add_suite("c", files / "c.yaml")
+    ws.add_data("c", files / "c.jsonl")
+    rival = ws.update("support", data=["c"], methods=acme.REPLAY_AND_EWC).version
+    before = ws.propose(rival).record
+    assert {g.suite for g in before.gates} == {"a", "c"}
+    ws.promote("decision-3")
+    after = ws.propose(rival).record
+    asked = {(g.gate, g.suite): g.outcome for g in after.gates}
+    assert {(g.gate, g.suite) for g in before.gates} < asked.keys()
+    assert asked["non_inferiority", "b"] == "fail" and after.outcome == "fail"
+    unplanned = decisions.propose(ws.store, "kim", ws.settings("support"), ws.evaluator(), rival, None)
+    assert {(g.gate, g.suite) for g in unplanned.record.gates} == asked.keys() and unplanned.status == "fail"
+    assert ws.verify().intact
+
+
+@pytest.mark.parametrize("act", ["promote", "rollback"])
+def test_nobody_waits_for_the_hashing_of_a_release(ws, monkeypatch, act):
+    """A whole model is hashed before the write lock is taken, not under it."""
+    original, other = rollout.check_bytes, sqlite3.connect(ws.root / ".meristem/meristem.db", timeout=0)
+
+    def and_another_writes(*args):
+        other.executescript("begin immediate; rollback")
+        original(*args)
+
+    monkeypatch.setattr(rollout, "check_bytes", and_another_writes)
+    ws.promote("decision-3") if act == "promote" else ws.rollback("support")
+    assert champion(ws) == (4 if act == "promote" else 1)
+    other.close()
+
+
+def test_a_champion_that_moves_during_the_hashing_wins(ws, monkeypatch):
+    original = rollout.check_bytes
+
+    def overtaken(*args):
+        monkeypatch.undo()
+        ws.promote("decision-3")
+        original(*args)
+
+    monkeypatch.setattr(rollout, "check_bytes", overtaken)
+    with pytest.raises(StateMoved, match="the champion moved from v2 to v4"):
+        ws.rollback("support")
+    assert champion(ws) == 4 and len(ws.history("support")) == 2
 
 
 def test_no_gate_is_no_evidence():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -212,3 +213,73 @@ def test_a_kill_in_the_middle_of_a_transaction_leaves_the_old_state(store, size)
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     with store.transaction("kim") as tx:
         assert tx.append("test.happened", "x").sequence == 2
+
+
+AUDITOR = """
+import os, sys
+from pathlib import Path
+from sqlalchemy import func, select
+from meristem.errors import EnvironmentFailure
+from meristem.store.schema import events
+from meristem.store.store import Store
+if os.getuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+store = Store(Path(sys.argv[1]))
+try:
+    store.database.check_schema()
+    with store.database.read() as connection:
+        print(connection.scalar(select(func.count()).select_from(events)))
+    with store.transaction("eve") as tx:
+        tx.append("test.happened", "x")
+except EnvironmentFailure as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def mounted(store):
+    """A store with one event, closed, that only its owner may write, where other users can see it."""
+    with store.transaction("kim") as tx:
+        tx.append("test.happened", "x")
+    store.database.close()
+    place = Path(tempfile.mkdtemp())
+    shutil.copytree(store.root, place / "store")
+    yield place / "store"
+    for folder in (place, place / "store"):
+        folder.chmod(0o755)
+    shutil.rmtree(place)
+
+
+def _audit(folder):
+    for path in folder.iterdir():
+        path.chmod(0o444)
+    folder.chmod(0o555)
+    folder.parent.chmod(0o755)
+    before = sorted(folder.iterdir())
+    command = [sys.executable, "-c", AUDITOR, folder]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert sorted(folder.iterdir()) == before
+    return ran.stdout.splitlines()
+
+
+def test_a_read_only_copy_can_be_read_and_a_write_is_an_environment_failure(mounted):
+    counted, refused = _audit(mounted)
+    assert counted == "1" and "no permission to write" in refused
+
+
+@pytest.mark.parametrize("index", [True, False], ids=["with its index", "without"])
+def test_a_read_only_copy_with_a_log_is_read_with_it_or_not_at_all(mounted, index):
+    """An event that stands only in the log beside the database is never passed over in silence."""
+    open_store = Store(mounted)
+    with open_store.transaction("kim") as tx:
+        tx.append("test.happened", "y")
+    logs = {
+        name: (mounted / name).read_bytes() for name in ("meristem.db", "meristem.db-wal", "meristem.db-shm")
+    }
+    open_store.database.close()
+    for name, body in logs.items():
+        if index or not name.endswith("-shm"):
+            (mounted / name).write_bytes(body)
+    told = _audit(mounted)
+    assert told[0] == "2" if index else "unable to open" in told[0], told

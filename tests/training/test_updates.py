@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
+from pathlib import Path
 
 import pytest
 from tests import acme
 
 import meristem as ms
+from meristem.ecosystem.records import Plan
 from meristem.errors import (
     BadInput,
     EnvironmentFailure,
@@ -16,7 +19,7 @@ from meristem.errors import (
     StateMoved,
     TrainingFailed,
 )
-from meristem.training import updates
+from meristem.training import stopwatch, updates
 from meristem.training.continual import ContinualTrainer, newest_complete_checkpoint
 
 
@@ -94,10 +97,14 @@ def test_interrupted_twice_and_resumed_is_the_same_version(released, trained, co
             with pytest.raises(Interrupted, match=f"stopped at step {step} of 30"):
                 ws.update("support", data=["b"], methods=acme.REPLAY_AND_EWC)
         assert ws.records("update")[-1].status == "interrupted"
+        spent = ws.root / ".meristem/runs/update-2/seconds.json"
+        assert json.loads(spent.read_bytes())["seconds"] > 0
+    spent.write_text('{"seconds": 5000}')  # what the earlier processes took counts
     made = ws.update("support", data=["b"], methods=acme.REPLAY_AND_EWC)
     whole = ms.Workspace.open(trained)
     expected = whole.update_result("update-3")
     assert made.version.digest == expected.version.digest
+    assert 5000 < made.outcome.seconds < 6000
     assert made.version.record.assets == expected.version.record.assets  # the methods' state too
     assert made.outcome.curve == expected.outcome.curve and made.outcome.tokens == expected.outcome.tokens
     ws.close()
@@ -160,3 +167,140 @@ def test_history_holds_earlier_data_oldest_first(grown):
         found = updates.history_data(connection, ws.version("support@v4"))
     assert found == [ws.asset("dataset", name).digest for name in "ab"]
     ws.close()
+
+
+def test_time_adds_up_over_processes_and_is_kept_at_every_checkpoint(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(stopwatch.time, "monotonic", lambda: now[0])
+    first = stopwatch.Stopwatch(tmp_path / "seconds.json")
+    now[0] += 20
+    first.note()
+    now[0] += 5  # killed: no exit
+    with stopwatch.Stopwatch(tmp_path / "seconds.json") as second:
+        now[0] += 3
+        assert second.seconds() == 23
+    assert stopwatch.Stopwatch(tmp_path / "seconds.json").seconds() == 23
+
+
+def test_a_run_killed_after_a_checkpoint_has_kept_its_time(released, copy, monkeypatch):
+    """As after SIGKILL: what only the end of the ``with`` would have written is not there."""
+    ws = ms.Workspace.open(copy(released))
+    monkeypatch.setattr(stopwatch.Stopwatch, "__exit__", lambda *_: None)
+    stop_at(monkeypatch, 12, ZeroDivisionError)
+    with pytest.raises(ZeroDivisionError):
+        ws.update("support", data=["b"])
+    assert json.loads((ws.root / ".meristem/runs/update-2/seconds.json").read_bytes())["seconds"] > 0
+    ws.close()
+
+
+def stop_at(monkeypatch, step, error):
+    from meristem.training.reporting import ProgressCallback
+
+    original = ProgressCallback.on_step_end
+
+    def stopped(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            raise error
+        return original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(ProgressCallback, "on_step_end", stopped)
+
+
+def test_a_run_begun_with_other_libraries_is_not_continued(released, copy, monkeypatch):
+    ws = ms.Workspace.open(copy(released))
+    with monkeypatch.context() as patched:
+        stop_at(patched, 12, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ws.update("support", data=["b"])
+    here = updates.code_versions()
+    monkeypatch.setattr(updates, "code_versions", lambda: {**here, "torch": "99.1"})
+    told = rf"update-2 was begun with torch {here['torch'].replace('+', '.')} \(now 99\.1\): .* `meristem update run`"
+    with pytest.raises(BadInput, match=told):
+        ws.resume("update-2")
+    assert ws.record("update-2").status == "interrupted"
+    assert ws.resume("update-1").version.label == "support@v2"  # what is done is not run
+    again = ws.update("support", data=["b"])
+    assert again.id == "update-3" and again.version.record.code["torch"] == "99.1"
+    ws.close()
+
+
+def test_events_hold_no_text_of_libraries(released, copy, monkeypatch):
+    """Theirs can quote training rows; ours name steps and ids."""
+    ws = ms.Workspace.open(copy(released))
+    for error, reason in (
+        (ValueError("row: B ash ? 5"), "ValueError"),
+        (BadInput("the chat template refuses: B ash ? 5"), "BadInput"),
+        (NonFiniteLoss(float("nan"), 3, ["b-ash"]), str(NonFiniteLoss(float("nan"), 3, ["b-ash"]))),
+        (Interrupted("stopped at step 3 of 30"), "stopped at step 3 of 30"),
+    ):
+
+        def fails(*_, error=error):
+            raise error
+
+        with monkeypatch.context() as patched, pytest.raises(type(error)):
+            patched.setattr(updates, "_train", fails)
+            ws.update("support", data=["b"], recipe={"seed": len(reason)})
+        told = list(ws.events())[-1]
+        assert told.kind in ("update.failed", "update.interrupted") and told.reason == reason
+    ws.close()
+
+
+def test_the_recipe_is_stored_once_and_named_by_its_asset(released):
+    ws = ms.Workspace.open(released)
+    assert ws.asset("recipe", "support").record.facts == {"document": ws.version("support").record.recipe}
+    ws.close()
+
+
+def test_an_adapter_s_own_tokenizer_goes_on_in_the_next_version(released, copy, tmp_path):
+    from tests.tiny import tiny_tokenizer
+
+    ws = ms.Workspace.open(copy(released))
+    folder = ws.checkout("support", tmp_path / "adapter").folder
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
+    parent = ws.add_model("mail", tier="application", base="support", source=str(folder))
+    made = ws.update("mail", data=["b"], recipe={"max_steps": 1}).version
+    with ws.store.database.read() as connection:
+        old, new = (updates.versions.content_of(connection, v.content) for v in (parent, made))
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= set(old.files)
+    assert {k: v for k, v in new.files.items() if k != "adapter_config.json"} == {
+        k: v for k, v in old.files.items() if k != "adapter_config.json"
+    }
+    assert set(new.tensors) == set(old.tensors) and new.tensors != old.tensors
+    ws.close()
+
+
+def test_an_inconclusive_candidate_is_judged_again_on_a_larger_suite_without_training(
+    released, copy, monkeypatch, tmp_path
+):
+    folder = copy(released)
+    acme.gates(folder, "{gate: improvement, suites: new}")
+    ws = ms.Workspace.open(folder, actor="kim")
+    ws.add_suite("b", suite_of(tmp_path, acme.test_items("b")[:2]))
+    first = ws.update("support", data=["b"])
+    assert ws.propose(first.version).outcome == "inconclusive"
+    larger = [
+        {**item, "id": f"{item['id']}!", "prompt": f"{item['prompt']}!"} for item in acme.test_items("b")
+    ]
+    newest = ws.add_suite("b", suite_of(tmp_path, acme.test_items("b") + larger))
+
+    def trained(*_):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(updates, "_train", trained)
+    again = ws.update("support", data=["b"])
+    assert (again.id, again.version.digest) == (first.id, first.version.digest)
+    decision = ws.propose(again.version)
+    plan = ws.records("plan")[-1]
+    assert decision.outcome == "pass" and decision.record.plan == plan.digest
+    assert plan.as_(Plan).suites == {"b": newest.digest}
+    ws.close()
+
+
+def suite_of(folder: Path, items):
+    path = acme.suite_file(folder / "b.yaml", "b")
+    acme.lines(folder / "b-b-items.jsonl", items)
+    return path

@@ -75,14 +75,13 @@ def train(
     with ws.store.transaction("kim", f"update of {parent.label}") as tx:
         tx.add_blobs(locations)
         recipe_digest = tx.add_document(recipe.document())
-        assets.add(tx, Asset(kind="recipe", name=parent.model, files={}, facts=recipe.document()))
+        assets.add(tx, Asset(kind="recipe", name=parent.model, files={}, facts={"document": recipe_digest}))
         update = Update(
             model=parent.model,
             parent=parent.digest,
             data=[dataset.digest],
             recipe=recipe_digest,
             method_state=None,
-            plan=None,
             code={},
         )
         entry = ledger.open_record(tx, "update", update, parent.model)
@@ -97,7 +96,7 @@ def train(
         )
         made = versions.create(tx, content, version)
         points = [
-            {"step": float(n + 1), "loss": loss, **({"penalty/ewc": 0.01 * n} if "ewc" in methods else {})}
+            {"step": float(n + 1), "loss": loss, **({"ewc/penalty": 0.01 * n} if "ewc" in methods else {})}
             for n, loss in enumerate(curve)
         ]
         outcome = UpdateOutcome(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -161,8 +162,17 @@ def test_trail_folds_older_events_and_commands_are_exact(story: Workspace, page:
     total = len(list(story.events()))
     assert f"{total - 30} earlier event" in section(page, "evidence")
     commands = text_of(section(page, "commands"))
-    assert f"{story.root} release rollback support --to support@v1 --reason" in commands
-    assert f"{story.root} log verify --head {story.verify().head}" in commands
+    assert "--workspace ws release rollback support --to support@v1 --reason" in commands
+    assert f"--workspace ws log verify --head {story.verify().head}" in commands
+
+
+def test_the_page_says_nothing_of_this_machine(story: Workspace, page: str, tmp_path: Path) -> None:
+    """It is made to be forwarded: no absolute path, and the same bytes wherever the workspace lies."""
+    assert str(story.root) not in page and str(story.root.parent) not in page
+    shutil.copytree(story.root, tmp_path / "elsewhere" / "ws")
+    moved = Workspace.open(tmp_path / "elsewhere" / "ws")
+    assert render(moved, "support") == page
+    moved.close()
 
 
 def test_model_without_history_still_makes_a_good_page(tmp_path: Path) -> None:

@@ -3,56 +3,65 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from meristem.cli import (
-    catalogue,
-    data,
-    demo,
-    eval_,
-    init,
-    log,
-    loop,
-    method,
-    model,
-    plan,
-    release,
-    report,
-    signal,
-    suite,
-    update,
-)
-from meristem.cli.options import globals_
+if TYPE_CHECKING:
+    import typer
 
 INTERRUPTED = 130
+READER_GONE = 141  # 128 + SIGPIPE, as a shell reports it: the work may not be done
 
-app = typer.Typer(
-    name="meristem",
-    help="Continual learning for LLMs as a governed release process.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: Rich would be most of the time that `meristem --help` takes
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.callback()(globals_)
-app.command("init")(init.init)
-app.command("demo")(demo.demo)
-for noun in (model, data, suite, signal, plan, update, eval_, release, loop, log, method):
-    noun.app.rich_markup_mode = None
-    app.add_typer(noun.app)
-app.command("report")(report.report)
-app.command("catalogue")(catalogue.catalogue)
+
+def build() -> typer.Typer:
+    """The whole command line. Imports happen here, so that Ctrl-C during them is caught by ``main``."""
+    import typer
+
+    from meristem.cli import (
+        catalogue,
+        data,
+        demo,
+        eval_,
+        init,
+        log,
+        loop,
+        method,
+        model,
+        plan,
+        release,
+        report,
+        signal,
+        suite,
+        update,
+    )
+    from meristem.cli.options import globals_
+
+    app = typer.Typer(
+        name="meristem",
+        help="Continual learning for LLMs as a governed release process.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # plain help: Rich would be most of the time that `meristem --help` takes
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(globals_)
+    app.command("init")(init.init)
+    app.command("demo")(demo.demo)
+    for noun in (model, data, suite, signal, plan, update, eval_, release, loop, log, method):
+        noun.app.rich_markup_mode = None
+        app.add_typer(noun.app)
+    app.command("report")(report.report)
+    app.command("catalogue")(catalogue.catalogue)
+    return app
 
 
 def main() -> None:
     """Entry point. Exit codes: see ``meristem.errors``."""
     try:
-        code = app(standalone_mode=False)
-    except SystemExit as end:  # Typer's answer to a reader that went away (`meristem log show | head`)
-        sys.exit(0 if end.code == 1 else end.code)
+        code = build()(standalone_mode=False)
+    except SystemExit as end:
+        # Typer hides a reader that went away in a SystemExit(1); no other one may pass for it.
+        sys.exit(READER_GONE if isinstance(end.__context__, BrokenPipeError) else end.code)
     except BaseException as error:
         sys.exit(_code(error))
     if code == INTERRUPTED:  # Typer turns Ctrl-C into this number

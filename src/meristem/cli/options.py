@@ -30,6 +30,14 @@ _given = _Globals()
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from meristem import __version__
+
+        typer.echo(f"meristem {__version__}")
+        raise typer.Exit
+
+
 def globals_(
     workspace: Annotated[
         Path | None,
@@ -43,6 +51,9 @@ def globals_(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
+    ] = False,
 ) -> None:
     _given.workspace, _given.json, _given.actor = workspace, as_json, actor
 
@@ -74,11 +85,17 @@ def _folder() -> Path:
 
 
 def show(as_json: bool, document: Any, text: str | None = None) -> None:
-    """Print ``document`` as JSON, or ``text`` for people."""
+    """Print ``document`` as JSON, or ``text`` for people.
+
+    A reader that has seen enough (``| head``) changes neither the work nor its exit code.
+    """
     if as_json or _given.json or text is None:
-        typer.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str))
-    elif text:
-        typer.echo(text)
+        text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
+    if text:
+        try:
+            typer.echo(text)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def names(text: str | None) -> list[str]:

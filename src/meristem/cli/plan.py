@@ -35,6 +35,18 @@ def show_(name: Annotated[str, typer.Argument(metavar="ID")], as_json: JSON = Fa
         _show(ws, ws.record(name, "plan"), as_json)
 
 
+@app.command("close")
+def close(
+    name: Annotated[str, typer.Argument(metavar="ID")],
+    reason: Annotated[str, typer.Option(help="Why; it stands in the evidence.")] = "",
+    as_json: JSON = False,
+) -> None:
+    """Give up an open plan and the signals that it answers, so that the loop goes on."""
+    with opened() as ws:
+        entry = ws.close_plan(name, reason)
+        show(as_json, {"id": entry.id, "status": entry.status}, f"{entry.id} is {entry.status}")
+
+
 @app.command("list")
 def list_(as_json: JSON = False) -> None:
     """Plans and how they ended."""

@@ -59,7 +59,11 @@ def rollback(
     reason: REASON = "",
     as_json: JSON = False,
 ) -> None:
-    """Point the champion back at the version before it (bytes checked, nothing recomputed)."""
+    """Point the champion back at the version before it (bytes checked, nothing recomputed).
+
+    Each call without --to goes one release further back. After an interruption look at `release history` first, or
+    name the version with --to: that is safe to repeat.
+    """
     with opened() as ws:
         _released(ws, ws.rollback(model, to, reason), as_json)
 

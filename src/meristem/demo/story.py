@@ -18,7 +18,7 @@ from meristem.loop import Turn
 from meristem.workspace import DecisionResult, Workspace
 
 DATA = Path(str(files("meristem.demo").joinpath("data")))
-MODEL, FOUNDATION = "support", "smollm2"
+MODEL, FOUNDATION, SOURCE = tampering.MODEL, "smollm2", "embedded"
 TASKS = ("ticket-routing", "order-extraction", "policy-compliance")
 MARKER = ".meristem-demo"
 
@@ -37,8 +37,12 @@ defaults:
   recipe: {{epochs: {epochs}, learning_rate: 0.001, lora: {{rank: 8, alpha: 16, layers: 0.5}}, seed: {seed}}}
 """
 MARGIN, MAX_RATE, STRENGTH, EPOCHS = 0.10, 0.20, 1000, 2
-# (margin, confidence), ever stricter: one of them asks more than 200 items can answer.
-STRICTER = ((0.03, 0.95), (0.01, 0.95), (0.0, 0.95), (0.0, 0.99), (0.0, 0.999), (0.0, 0.9999))
+# (margin, confidence), ever stricter: one of them asks more than 200 items can answer, but not what none could
+# (a loss that was observed to be larger than the margin; then a higher confidence in a wider margin is asked).
+STRICTER = (
+    *((0.03, 0.95), (0.01, 0.95), (0.0, 0.95), (0.0, 0.99), (0.0, 0.999), (0.0, 0.9999)),
+    *((0.01, 0.9999), (0.03, 0.9999)),
+)
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -97,7 +101,7 @@ def _workspace(folder: Path, seed: int, progress: Progress | None) -> Workspace:
 
 def _first_release(say: Teller, ws: Workspace) -> None:
     say.chapter("1. A model line: a foundation, and a support model tuned from it")
-    ws.add_model(FOUNDATION, tier="foundation", source="embedded")
+    ws.add_model(FOUNDATION, tier="foundation", source=SOURCE)
     start = ws.add_model(MODEL, tier="industrial", base=FOUNDATION)
     say.line(
         f"SmolLM2-135M-Instruct is {FOUNDATION}@v1; {start.label} starts from it ({start.digest[:19]}...)"
@@ -141,12 +145,11 @@ def _strict_margin(say: Teller, ws: Workspace) -> None:
         verdict = ws.judge(
             new, old, suite=TASKS[0], gate="non_inferiority", margin=margin, confidence=confidence
         )
-        say.line(
-            f"margin {100 * margin:.0f} points: [bold]{verdict.outcome}[/bold]; {escape(verdict.reason)}"
-        )
-        if verdict.outcome == "inconclusive":
+        asked = f"margin {100 * margin:.0f} points, confidence {100 * confidence:.4g} %"
+        say.line(f"{asked}: [bold]{verdict.outcome}[/bold]; {escape(verdict.reason)}")
+        if verdict.outcome == "inconclusive" and verdict.needed is not None:
             return
-    raise MeristemError("the demo's story broke: no stricter margin was inconclusive")
+    raise MeristemError("the demo's story broke: no stricter margin was inconclusive with a number of items")
 
 
 def _rollback_and_verify(say: Teller, ws: Workspace) -> None:

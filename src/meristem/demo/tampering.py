@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+from meristem.ecosystem import versions
 from meristem.errors import MeristemError
+from meristem.store.store import Store
 from meristem.workspace import STORE_FOLDER, Workspace
+
+MODEL = "support"
 
 
 def tamper_with_copies(ws: Workspace) -> Iterator[tuple[str, list[str]]]:
@@ -45,12 +49,17 @@ def _copy_store(source: Path, target: Path) -> None:
 
 
 def _flip_weight(store: Path) -> None:
-    pack = max((store / "packs").glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
-    with pack.open("r+b") as file:
-        file.seek(pack.stat().st_size // 2)
-        byte = file.read(1)[0]
-        file.seek(-1, 1)
-        file.write(bytes([byte ^ 1]))
+    """In the middle of a tensor of the champion: the same index that ``model checkout`` reads says where it lies."""
+    opened = Store(store)
+    with opened.database.read() as connection:
+        champion = versions.content_of(connection, versions.resolve(connection, f"{MODEL}@champion").content)
+    location = opened.location(min(champion.tensors.values()))
+    opened.database.close()
+    with opened.packs.path(location.pack).open("r+b") as pack:
+        pack.seek(location.offset + location.length // 2)
+        byte = pack.read(1)[0]
+        pack.seek(-1, 1)
+        pack.write(bytes([byte ^ 1]))
 
 
 def _edit_event(store: Path) -> None:
@@ -65,7 +74,7 @@ def _move_champion(store: Path) -> None:
     _execute(
         store,
         "UPDATE aliases SET version = (SELECT digest FROM versions WHERE model = aliases.model "
-        "ORDER BY number DESC LIMIT 1) WHERE alias = 'champion' AND model = 'support'",
+        f"ORDER BY number DESC LIMIT 1) WHERE alias = 'champion' AND model = '{MODEL}'",
     )
 
 

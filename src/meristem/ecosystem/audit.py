@@ -90,7 +90,7 @@ def _walk_chain(connection: Connection, audit: Audit, progress: Progress | None)
         if event is not None:
             try:
                 _fold(expected, event)
-            except (KeyError, TypeError) as error:
+            except (KeyError, TypeError, AttributeError) as error:
                 audit.problems.append(f"event {sequence}: its data do not say what happened ({error!r})")
         if progress and audit.events % 256 == 0:
             progress("events", audit.events, total)
@@ -132,7 +132,7 @@ def _check_documents(connection: Connection, expected: _Expected, audit: Audit) 
         found.add(row.digest)
         try:
             below, blobs_below = _references(row)
-        except (ValueError, RecursionError, BadInput) as error:
+        except (ValueError, TypeError, RecursionError, BadInput) as error:
             audit.problems.append(f"document {row.digest} ({row.schema}): {error}")
             continue
         wanted |= dict.fromkeys(below, f"document {row.digest}")
@@ -148,7 +148,11 @@ def _references(row: Row) -> tuple[set[str], set[str]]:
     document = parse(row.body)
     if not isinstance(document, dict) or document.get("schema") != row.schema:
         raise ValueError("its schema column does not match its bytes")
-    return references(document)
+    below, blobs_below = references(document)
+    odd = next((name for name in (*below, *blobs_below) if not isinstance(name, str)), None)
+    if odd is not None:
+        raise ValueError(f"it names {odd!r} where a digest belongs")
+    return below, blobs_below
 
 
 def _check_indexes(connection: Connection, expected: _Expected, audit: Audit) -> None:

@@ -19,6 +19,15 @@ from meristem.store.canonical import PREFIX
 from meristem.store.packs import disk_failure
 from meristem.store.store import Store
 
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+)
+
 
 @dataclass(frozen=True)
 class Checkout:
@@ -41,6 +50,8 @@ def cached(store: Store, content_digest: str, progress: Progress | None = None) 
 def export(store: Store, version: VersionEntry, folder: Path, progress: Progress | None = None) -> Checkout:
     """Write a version to ``folder`` for use outside Meristem; an adapter gets its base in ``folder/base``.
 
+    An adapter without a tokenizer of its own gets its base's beside it, as ``save_pretrained`` leaves it.
+
     ``folder/meristem.json`` says which version it is. Raises ``BadInput`` when ``folder`` is not empty.
     """
     folder = folder.resolve()
@@ -52,6 +63,8 @@ def export(store: Store, version: VersionEntry, folder: Path, progress: Progress
         if content.base:
             folders.checkout(store, _content(store, content.base), temporary / "base", progress=progress)
         folders.checkout(store, content, temporary, base_folder=base, progress=progress)
+        if content.base:
+            _add_tokenizer(temporary / "base", temporary)
         about = {
             "version": version.label,
             "digest": version.digest,
@@ -65,6 +78,13 @@ def export(store: Store, version: VersionEntry, folder: Path, progress: Progress
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Checkout(folder, base)
+
+
+def _add_tokenizer(base: Path, folder: Path) -> None:
+    if not (folder / "tokenizer_config.json").exists():
+        for pattern in _TOKENIZER_FILES:
+            for path in base.glob(pattern):
+                shutil.copy(path, folder / path.name)
 
 
 def _check_new(folder: Path) -> None:

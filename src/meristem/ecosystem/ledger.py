@@ -13,7 +13,7 @@ from typing import TypeVar
 from sqlalchemy import Connection, func, insert, select, update
 
 from meristem.ecosystem.records import Approval, Decision, Plan, Record, Release, Signal, Update
-from meristem.errors import BadInput
+from meristem.errors import BadInput, StateMoved
 from meristem.store.schema import records as table
 from meristem.store.store import Transaction, read_document
 
@@ -63,9 +63,19 @@ def open_record(tx: Transaction, kind: str, record: Record, model: str, status: 
 
 
 def set_status(
-    tx: Transaction, entry: Entry, status: str, result: str | None = None, reason: str | None = None
+    tx: Transaction,
+    entry: Entry,
+    status: str,
+    result: str | None = None,
+    reason: str | None = None,
+    *,
+    expected: str | None = None,
 ) -> None:
+    """Raises ``StateMoved`` unless the record's status is ``expected`` (None: whatever it is) at this moment."""
     where = (table.c.kind == entry.kind) & (table.c.number == entry.number)
+    now = tx.connection.scalar(select(table.c.status).where(where))
+    if expected not in (None, now):
+        raise StateMoved(f"{entry.id} is {now} by now, no longer {expected}; look at it and repeat")
     values = {"status": status} | ({"result": result} if result else {})
     tx.connection.execute(update(table).where(where).values(**values))
     tx.append(f"{entry.kind}.{status}", entry.digest, reason=reason, number=entry.number, result=result)

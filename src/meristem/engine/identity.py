@@ -8,7 +8,10 @@ from importlib import metadata
 from meristem.store.canonical import digest_document
 
 SCHEMA = "meristem/engine/v1"
-LIBRARIES = ("torch", "transformers", "peft")
+LIBRARIES = ("torch", "transformers", "tokenizers", "peft")
+SCORING = (
+    1  # raise it whenever Meristem itself scores or generates in another way: old results are then not reused
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ def library_versions() -> dict[str, str | None]:
 
 
 def engine_document(settings: EngineSettings) -> dict[str, object]:
-    return {"schema": SCHEMA, **asdict(settings), "libraries": library_versions()}
+    return {"schema": SCHEMA, "scoring": SCORING, **asdict(settings), "libraries": library_versions()}
 
 
 def engine_digest(settings: EngineSettings) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from meristem.config import known_device
 from meristem.engine.identity import EngineSettings, engine_digest
 from meristem.errors import BadInput
 
@@ -54,7 +55,7 @@ def load(
     Weights come from safetensors only and nothing is fetched from a hub. An adapter stays unmerged:
     merging rounds the weights, and what is scored must be what is served. It is loaded as plain PEFT
     does (fp32 adapter weights over a half-precision base), so that a checkout answers the same. The tokenizer is the
-    adapter's own when its folder has one.
+    adapter's own when its folder has one, in training as well (``load_for_training``).
     """
     folder = Path(folder)
     _check_settings(dtype, device, batch_tokens)
@@ -62,13 +63,11 @@ def load(
         if base_folder is None:
             raise BadInput.at(folder, None, "an adapter folder needs base_folder, the folder of its base")
         model = _load_adapter(folder, Path(base_folder), DTYPES[dtype])
-        has_tokenizer = (folder / "tokenizer_config.json").is_file()
-        tokenizer = _load_tokenizer(folder if has_tokenizer else Path(base_folder))
     else:
         if base_folder is not None:
             raise BadInput.at(folder, None, "base_folder given, but this is no adapter folder; leave it out")
         model = _load_plain(folder, DTYPES[dtype])
-        tokenizer = _load_tokenizer(folder)
+    tokenizer = _load_tokenizer(folder, base_folder)
     return wrap(model.to(device), tokenizer, EngineSettings(dtype, device, "sdpa", batch_tokens))
 
 
@@ -92,8 +91,14 @@ def _check_settings(dtype: str, device: str, batch_tokens: int) -> None:
         raise BadInput(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
     if batch_tokens < 1:
         raise BadInput(f"batch_tokens must be at least 1, not {batch_tokens}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BadInput(f"device {device!r}: no CUDA device here; use cpu")
+    try:
+        kind, _, index = known_device(device).partition(":")
+    except ValueError as error:
+        raise BadInput(f"device {device!r}: {error}") from error
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise BadInput(f"device {device!r}: {torch.cuda.device_count() or 'no'} CUDA devices here; use cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise BadInput(f"device {device!r}: no such device here; use cpu")
 
 
 def _load_plain(folder: Path, dtype: torch.dtype) -> Any:
@@ -126,7 +131,10 @@ def _load_adapter(folder: Path, base_folder: Path, dtype: torch.dtype) -> Any:
         raise BadInput.at(folder, None, message) from error
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def _load_tokenizer(folder: Path, base_folder: str | Path | None) -> Any:
+    """The folder's own tokenizer and chat template; those of the base when an adapter brings none."""
+    if base_folder is not None and not (folder / "tokenizer_config.json").is_file():
+        folder = Path(base_folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -151,9 +159,9 @@ def load_for_training(
     """``(model, tokenizer)`` of a folder in train mode; an adapter comes trainable, with fp32 weights."""
     _check_settings(dtype, device, EngineSettings.batch_tokens)
     if base_folder is None:
-        return _load_plain(folder, DTYPES[dtype]).to(device), _load_tokenizer(folder)
+        return _load_plain(folder, DTYPES[dtype]).to(device), _load_tokenizer(folder, None)
     from peft import PeftModel
 
     base = _load_plain(base_folder, DTYPES[dtype])
     model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-    return model.to(device), _load_tokenizer(base_folder)
+    return model.to(device), _load_tokenizer(folder, base_folder)

@@ -85,7 +85,7 @@ class Comparison:
 
 
 def compare(
-    old: Sequence[ItemResult], new: Sequence[ItemResult], confidence: float = 0.95, seed: int = 0
+    *, old: Sequence[ItemResult], new: Sequence[ItemResult], confidence: float = 0.95, seed: int = 0
 ) -> Comparison:
     """Pair results by (task, id). ``BadInput`` unless both hold the same items with the same answers."""
     check_confidence(confidence)

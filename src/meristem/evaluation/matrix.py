@@ -16,7 +16,10 @@ Score = Callable[[VersionEntry, AssetEntry, str], float | None]
 
 @dataclass(frozen=True)
 class LineMatrix:
-    """``matrix.scores[t][i]``: version ``versions[t]``, which learned ``tasks[t]``, on ``tasks[i]``."""
+    """``matrix.scores[t][i]``: version ``versions[t]``, which learned ``tasks[t]``, on ``tasks[i]``.
+
+    The last row is always the line's last version, whatever it learned.
+    """
 
     versions: tuple[str, ...]
     tasks: tuple[str, ...]
@@ -40,6 +43,7 @@ def line_matrix(score: Score, line: list[VersionEntry], suites: list[AssetEntry]
         steps += [(version, task) for task in fresh if task in tested]
     if not steps:
         raise BadInput(f"{line[-1].label} and its ancestors learned no task that a suite tests")
+    steps[-1] = (line[-1], steps[-1][1])  # later versions may have retrained known tasks only
     tasks = [task for _, task in steps]
     rows = [tuple(score(version, tested[task], task) for task in tasks) for version, _ in steps]
     baseline = tuple(score(line[0], tested[task], task) for task in tasks)

@@ -1,4 +1,4 @@
-"""Continual-learning metrics of a task matrix, and summaries of results."""
+"""Continual-learning metrics of a task matrix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from meristem.errors import BadInput
-from meristem.evaluation.results import ItemResult
 
 Score = float | None
 
@@ -76,26 +75,6 @@ class TaskMatrix:
             "fwt": self.fwt,
             "forgetting": self.forgetting,
         }
-
-
-def summarise(results: Sequence[ItemResult]) -> list[dict[str, Any]]:
-    """Rows ``{"task", "slice", "n", "score"}``: each task whole (``slice`` None), then its slices by name."""
-    groups: dict[tuple[str, str | None], list[float]] = {}
-    for result in results:
-        groups.setdefault((result["task"], None), []).append(result["score"])
-        if result["slice"] is not None:
-            groups.setdefault((result["task"], result["slice"]), []).append(result["score"])
-    order = {task: at for at, task in enumerate(dict.fromkeys(result["task"] for result in results))}
-    keys = sorted(groups, key=lambda key: (order[key[0]], key[1] is not None, key[1] or ""))
-    return [
-        {
-            "task": key[0],
-            "slice": key[1],
-            "n": len(groups[key]),
-            "score": math.fsum(groups[key]) / len(groups[key]),
-        }
-        for key in keys
-    ]
 
 
 def _minus(left: Score, right: Score) -> Score:

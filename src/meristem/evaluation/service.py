@@ -80,7 +80,7 @@ class Evaluator:
         for what in ("suite", "engine"):
             if getattr(old.record, what) != getattr(new.record, what):
                 raise BadInput(f"the two evaluations used different {what}s; evaluate both again under one")
-        return compare(self.results(old), self.results(new), confidence=confidence)
+        return compare(old=self.results(old), new=self.results(new), confidence=confidence)
 
     def release_memory(self) -> None:
         """Drop the loaded model (before training loads its own)."""

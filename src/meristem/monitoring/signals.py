@@ -41,7 +41,8 @@ def close(store: Store, actor: str, signal: Entry, reason: str) -> None:
     with store.transaction(actor, reason or f"{signal.id} taken back") as tx:
         now = ledger.find(tx.connection, signal.id)
         if now.status != "pending":
-            raise BadInput(f"{signal.id} is {now.status}; only a pending signal can be closed")
+            closing = "; close its plan (`meristem plan close`)" if now.status == "planned" else ""
+            raise BadInput(f"{signal.id} is {now.status}; only a pending signal can be closed{closing}")
         ledger.set_status(tx, signal, "closed")
 
 

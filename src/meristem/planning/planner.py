@@ -17,6 +17,7 @@ from meristem.evaluation.contamination import refuse_leaks
 from meristem.methods.registry import parse
 from meristem.release import criteria
 from meristem.store.store import Store, Transaction, read_document
+from meristem.training.recipes import settled
 
 # What each kind of signal is answered with; signals that bring no data wait for some.
 _RETRY = {"regression", "incident"}
@@ -47,7 +48,7 @@ def plan_next(store: Store, actor: str, settings: ModelSettings, model: str) -> 
         )
         plan = _plan(connection, settings, model, together)
     recipe = _recipe(settings, plan.attempt, first.kind)
-    return record_plan(store, actor, plan, recipe if plan.action == "update" else None, together)
+    return record_plan(store, actor, settings, plan, recipe if plan.action == "update" else None, together)
 
 
 def plan_update(
@@ -67,27 +68,53 @@ def plan_update(
             suites=suites,
             criteria=fixed,
         )
-    return record_plan(store, actor, plan, recipe, [], status="manual")
+    return record_plan(store, actor, settings, plan, recipe, [], status="manual")
 
 
 def record_plan(
-    store: Store, actor: str, plan: Plan, recipe: Recipe | None, signals: list[Entry], status: str = "open"
+    store: Store,
+    actor: str,
+    settings: ModelSettings,
+    plan: Plan,
+    recipe: Recipe | None,
+    signals: list[Entry],
+    status: str = "open",
 ) -> Entry:
-    """Check a plan's data against its suites and store it; its signals are taken.
+    """Check a plan's data against its suites and store it with its policy; its signals are taken.
 
-    The loop carries out ``open`` plans; a ``manual`` one belongs to the person who asked for it.
+    The loop carries out ``open`` plans; a ``manual`` one belongs to the person who asked for it. Raises
+    ``StateMoved`` when a signal was closed or planned by somebody else meanwhile.
     """
     if recipe is not None:
+        with store.database.read() as connection:
+            parent = versions.by_digest(connection, plan.parent)
+        recipe = settled(store, recipe, parent)
         for digest in plan.data:
             _refuse_unfit(store, digest, recipe.stage)
     with store.transaction(actor, plan.reason) as tx:
         if recipe is not None:
-            budget = _budget(tx.connection, plan.data, recipe)
-            plan = plan.model_copy(update={"recipe": tx.add_document(recipe.document()), "budget": budget})
-        entry = _same(tx, plan, status) or ledger.open_record(tx, "plan", plan, plan.model, status)
+            added = {
+                "recipe": tx.add_document(recipe.document()),
+                "policy": tx.add_document(settings.policy()),
+                "budget": _budget(tx.connection, plan.data, recipe),
+            }
+            plan = plan.model_copy(update=added)
+        if same := _same(tx, plan, status):
+            return same
+        entry = ledger.open_record(tx, "plan", plan, plan.model, status)
         for signal in signals:
-            ledger.set_status(tx, signal, "planned", entry.digest)
+            ledger.set_status(tx, signal, "planned", entry.digest, expected="pending")
     return entry
+
+
+def close(store: Store, actor: str, plan: Entry, reason: str) -> None:
+    """Give up an open plan. Raises ``BadInput`` for one that the loop does not wait for."""
+    plan.as_(Plan)
+    with store.transaction(actor, reason or f"{plan.id} given up") as tx:
+        now = ledger.find(tx.connection, plan.id)
+        if now.status != "open":
+            raise BadInput(f"{plan.id} is {now.status}; only an open plan can be closed")
+        ledger.set_status(tx, plan, "closed")
 
 
 def _same(tx: Transaction, plan: Plan, status: str) -> Entry | None:
@@ -144,7 +171,7 @@ def _recipe(settings: ModelSettings, attempt: int, kind: str) -> Recipe:
 def _criteria(
     connection: Connection, settings: ModelSettings, parent: VersionEntry, data: list[str]
 ) -> tuple[dict[str, str], list[Criterion]]:
-    new = {task for digest in data for task in _facts(connection, digest)["tasks"]}
+    new = criteria.tasks_of(connection, data)
     newest = criteria.newest_suites(connection)
     fixed = criteria.spelled_out(settings, newest, new, set(parent.record.tasks))
     if not fixed:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from sqlalchemy import Connection
 
 from meristem.config import ModelSettings
-from meristem.ecosystem import aliases, assets, ledger, versions
+from meristem.ecosystem import aliases, ledger, versions
+from meristem.ecosystem.assets import AssetEntry
 from meristem.ecosystem.ledger import Entry
 from meristem.ecosystem.records import Approval, Criterion, Decision, GateResult, Outcome, Plan
 from meristem.ecosystem.versions import VersionEntry
-from meristem.errors import BadInput
+from meristem.errors import BadInput, StateMoved
 from meristem.evaluation.service import Evaluator
 from meristem.release import criteria as criteria_room
 from meristem.release import gates
@@ -20,14 +21,14 @@ from meristem.store.store import Store
 
 @dataclass(frozen=True)
 class _Case:
-    """What is judged: candidate, champion with its revision, and the criteria."""
+    """What is judged: candidate, champion with its revision, the criteria, and the policy that set them."""
 
     version: VersionEntry
     champion: VersionEntry
     revision: int
     criteria: list[Criterion]
-    suites: dict[str, str]
-    plan: Entry | None
+    suites: dict[str, AssetEntry]
+    policy: ModelSettings
 
 
 def propose(
@@ -40,8 +41,9 @@ def propose(
 ) -> Entry:
     """Judge ``version`` against the present champion of its model and record the decision.
 
-    With a plan, its criteria and suites are used exactly as they were fixed before training. Judging the same
-    version against the same champion under the same policy again gives the same decision.
+    With a plan, its policy, criteria and suites are used exactly as they were fixed before training; what a
+    champion that moved meanwhile has learned is guarded as well. Judging the same version against the same
+    champion under the same policy again gives the same decision.
     """
     case = _case(store, settings, version, plan)
     results, evaluations = _judge_all(evaluator, case)
@@ -55,10 +57,10 @@ def propose(
         evaluations=evaluations,
         gates=results,
         outcome=overall(results),
-        approvals_needed=settings.approvals,
+        approvals_needed=case.policy.approvals,
     )
     with store.transaction(actor, f"{version.label} judged against {case.champion.label}") as tx:
-        decision = decision.model_copy(update={"policy": tx.add_document(settings.policy())})
+        decision = decision.model_copy(update={"policy": tx.add_document(case.policy.policy())})
         for entry in ledger.entries(tx.connection, "decision", model=version.model):
             if entry.digest == decision.digest:
                 return entry
@@ -74,12 +76,18 @@ def overall(results: list[GateResult]) -> Outcome:
 
 
 def approve(store: Store, actor: str, decision: Entry, reason: str) -> Entry:
-    """Record ``actor``'s approval; the same actor twice counts once. Only a passed decision can be approved."""
+    """Record ``actor``'s approval; the same actor twice counts once.
+
+    Raises ``BadInput`` for a decision that did not pass, ``StateMoved`` when the champion is no longer the one that
+    it was judged against.
+    """
     record = decision.as_(Decision)
     if record.outcome != "pass":
         raise BadInput(f"{decision.id} is {record.outcome}; only a passed decision can be approved")
     approval = Approval(decision=decision.digest, actor=actor, reason=reason)
     with store.transaction(actor, reason or f"approved {decision.id}") as tx:
+        if aliases.champion(tx.connection, record.model).revision != record.champion_revision:
+            raise StateMoved(f"{decision.id} is void: the champion moved since; propose the version again")
         for entry in ledger.entries(tx.connection, "approval", model=record.model):
             if entry.as_(Approval).decision == decision.digest and entry.as_(Approval).actor == actor:
                 return entry
@@ -97,19 +105,18 @@ def _case(store: Store, settings: ModelSettings, version: VersionEntry, plan: En
         champion = aliases.champion(connection, version.model)
         if champion.version == version.digest:
             raise BadInput(f"{version.label} is the champion already; there is nothing to decide")
+        entry = versions.by_digest(connection, champion.version)
         if plan is not None:
-            fixed = plan.as_(Plan)
-            criteria, suites = list(fixed.criteria), dict(fixed.suites)
+            settings = criteria_room.policy_of(connection, plan.as_(Plan), settings)
+            criteria, suites = criteria_room.for_plan(connection, settings, plan.as_(Plan), entry)
         else:
-            criteria = criteria_room.for_version(connection, settings, version)
-            suites = {entry.name: entry.digest for entry in criteria_room.newest_suites(connection)}
+            criteria, suites = criteria_room.for_version(connection, settings, version, entry)
         if not criteria:
             raise BadInput(
                 f"no gate of model {version.model} applies to any suite, and absent evidence never passes: "
                 "add suites for its tasks (`meristem suite add`) or name suites in meristem.yaml"
             )
-        entry = versions.by_digest(connection, champion.version)
-    return _Case(version, entry, champion.revision, criteria, suites, plan)
+    return _Case(version, entry, champion.revision, criteria, suites, settings)
 
 
 def _judge_all(evaluator: Evaluator, case: _Case) -> tuple[list[GateResult], list[str]]:
@@ -119,7 +126,7 @@ def _judge_all(evaluator: Evaluator, case: _Case) -> tuple[list[GateResult], lis
     # One model in memory at a time: all suites of the champion first, then all of the candidate.
     for version in (case.champion, case.version):
         for name in names:
-            evaluated[version.digest, name] = evaluator.evaluate(version, _suite(evaluator.store, case, name))
+            evaluated[version.digest, name] = evaluator.evaluate(version, case.suites[name])
     for name in names:
         old, new = evaluated[case.champion.digest, name], evaluated[case.version.digest, name]
         comparison = evaluator.compare(old, new)
@@ -127,8 +134,3 @@ def _judge_all(evaluator: Evaluator, case: _Case) -> tuple[list[GateResult], lis
         for criterion in (c for c in case.criteria if c.suite == name):
             results.append(gates.judge(criterion.gate, criterion.arguments, name, comparison))
     return results, list(dict.fromkeys(used))
-
-
-def _suite(store: Store, case: _Case, name: str) -> assets.AssetEntry:
-    with store.database.read() as connection:
-        return assets.resolve(connection, "suite", case.suites[name])

@@ -27,15 +27,14 @@ def promote(store: Store, actor: str, decision: Entry, reason: str = "") -> Entr
         raise Inconclusive(
             f"{decision.id} is inconclusive; `meristem release explain {decision.id}` says what is missing"
         )
+    with store.database.read() as connection:  # hashing takes long: nobody else's writing waits for it
+        if done := _release_of(connection, decision):
+            return done
+        _check_approvals(connection, decision)
+        check_bytes(store, connection, versions.by_digest(connection, record.version))
     with store.transaction(actor, reason or f"{decision.id} passed") as tx:
-        champion = aliases.champion(tx.connection, record.model)
-        for entry in ledger.entries(tx.connection, "release", model=record.model):
-            done = entry.as_(Release)
-            if done.decision == decision.digest and done.revision == champion.revision:
-                return entry
-        _check_approvals(tx.connection, decision)
-        version = versions.by_digest(tx.connection, record.version)
-        check_bytes(store, tx.connection, version)
+        if done := _release_of(tx.connection, decision):
+            return done
         moved = aliases.move(tx, record.model, aliases.CHAMPION, record.version, record.champion_revision)
         release = Release(
             model=record.model,
@@ -52,12 +51,14 @@ def promote(store: Store, actor: str, decision: Entry, reason: str = "") -> Entr
 def rollback(store: Store, actor: str, model: str, to: VersionEntry | None = None, reason: str = "") -> Entry:
     """Point the champion back at a version that was champion before (by default the one before this).
 
-    The version's bytes are checked first; nothing is recomputed, unmerged or fetched.
+    The version's bytes are checked first; nothing is recomputed, unmerged or fetched. Each call without ``to``
+    goes one release further back; with ``to``, a repetition is refused. Raises ``StateMoved`` when somebody else
+    moves the champion meanwhile.
     """
-    with store.transaction(actor, reason or f"rollback of {model}") as tx:
-        champion = aliases.champion(tx.connection, model)
-        moves = aliases.history(tx.connection, model, aliases.CHAMPION)
-        target = to.digest if to else _before(tx.connection, model, champion.version)
+    with store.database.read() as connection:
+        champion = aliases.champion(connection, model)
+        moves = aliases.history(connection, model, aliases.CHAMPION)
+        target = to.digest if to else _before(connection, model, champion.version)
         if target == champion.version:
             raise BadInput(
                 f"{to.label if to else model} is the champion already; there is nothing to roll back"
@@ -66,7 +67,8 @@ def rollback(store: Store, actor: str, model: str, to: VersionEntry | None = Non
             raise BadInput(
                 f"{to.label if to else target} was never the champion of {model}; promote it with a decision"
             )
-        check_bytes(store, tx.connection, versions.by_digest(tx.connection, target))
+        check_bytes(store, connection, versions.by_digest(connection, target))
+    with store.transaction(actor, reason or f"rollback of {model}") as tx:
         moved = aliases.move(tx, model, aliases.CHAMPION, target, champion.revision)
         release = Release(
             model=model,
@@ -108,6 +110,16 @@ def check_bytes(store: Store, connection: Connection, version: VersionEntry) -> 
                     f"{version.label}: blob {blob} is missing or altered; `meristem log verify` lists all"
                 )
         digest = content.base
+
+
+def _release_of(connection: Connection, decision: Entry) -> Entry | None:
+    """The release that ``decision`` made, while the champion still is where it put it."""
+    champion = aliases.champion(connection, decision.model)
+    for entry in ledger.entries(connection, "release", model=decision.model):
+        release = entry.as_(Release)
+        if release.decision == decision.digest and release.revision == champion.revision:
+            return entry
+    return None
 
 
 def _before(connection: Connection, model: str, champion: str) -> str:

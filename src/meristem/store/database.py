@@ -1,15 +1,17 @@
 """The database connection: one writer at a time, durable on commit.
 
 SQLite in WAL mode with ``synchronous=FULL``; a write transaction takes the write lock at once
-(``BEGIN IMMEDIATE``), so what it reads cannot move before it commits.
+(``BEGIN IMMEDIATE``), so what it reads cannot move before it commits. A workspace that may not be written (an
+auditor's read-only mount) is opened read-only: everything can be read and verified, and a write is refused.
 """
 
 from __future__ import annotations
 
+import os
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import Connection, create_engine, event, insert, inspect, select
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
@@ -18,13 +20,13 @@ from meristem.errors import BadInput, EnvironmentFailure, StateMoved
 from meristem.store.schema import SCHEMA_VERSION, metadata, settings
 
 BUSY_SECONDS = 30
+WRITABLE = "mode=rwc"
 
 
 class Database:
     def __init__(self, path: Path):
         self.path = path
-        self.engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_SECONDS})
-        event.listen(self.engine, "connect", _configure)
+        self.engine = create_engine(f"sqlite:///{path}", creator=lambda: _connect(path))
         event.listen(self.engine, "begin", _begin)
 
     def create(self) -> None:
@@ -63,6 +65,10 @@ class Database:
         Raises ``StateMoved`` when another writer held the lock for too long, ``EnvironmentFailure`` when the
         disk refuses.
         """
+        if _mode(self.path) != WRITABLE:  # SQLite would begin, and refuse only the first change
+            raise EnvironmentFailure(
+                f"{self.path}: no permission to write; check the owner and mode of the workspace"
+            )
         with _translated(self.path), self.engine.connect() as connection:
             connection = connection.execution_options(write=True)
             with connection.begin():
@@ -78,10 +84,35 @@ class Database:
         self.engine.dispose()
 
 
-def _configure(connection: Any, _: Any) -> None:
-    connection.isolation_level = None  # transactions are begun by _begin, not by the driver
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}")
+def _connect(path: Path) -> sqlite3.Connection:
+    mode = _mode(path)
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?{mode}",
+        uri=True,
+        timeout=BUSY_SECONDS,
+        isolation_level=None,  # transactions are begun by _begin, not by the driver
+        check_same_thread=False,  # the engine's pool hands a connection to one thread at a time
+    )
+    if mode == WRITABLE:
+        connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA foreign_keys=ON")
+    return connection
+
+
+def _mode(path: Path) -> str:
+    """How the file may be opened.
+
+    Even to read, SQLite wants a ``-shm`` file beside a database in WAL mode. In a folder that lets it make none the
+    database is taken as immutable, unless a log with content says that it is not whole by itself.
+    """
+    folder = os.access(path.parent, os.W_OK)
+    if folder and (not path.exists() or os.access(path, os.W_OK)):
+        return WRITABLE
+    log = path.with_name(f"{path.name}-wal")
+    if folder or (log.exists() and log.stat().st_size > 0):
+        return "mode=ro"
+    return "mode=ro&immutable=1"
 
 
 def _begin(connection: Connection) -> None:

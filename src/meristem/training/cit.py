@@ -38,16 +38,20 @@ def build_trainer(
     """A trainer that continues the version in ``folder``: its adapter if it has one, else a fresh LoRA.
 
     ``rows`` are normalised rows with ``task`` and ``id``; ``history`` those of earlier tasks of the lineage.
+    ``recipe.lora`` shapes a fresh LoRA only (``training.recipes`` settles it for one that is continued). Raises
+    ``BadInput`` for rows, replayed ones included, that are longer than ``recipe.max_length``.
     """
     methods = [build(m.name, m.arguments) for m in recipe.methods]
     set_seed(recipe.seed)  # a fresh LoRA is drawn at random
     model, tokenizer = load_for_training(folder, base_folder, recipe.dtype, recipe.device)
     if not isinstance(model, PeftModel):
-        model = get_peft_model(model, lora_config(recipe.lora, model))
+        model = get_peft_model(model, lora_config(recipe.lora or Lora(), model))
     examples = [as_prompt_completion(row) for row in rows]
+    arguments = training_arguments(recipe, output)
+    arguments.max_length = None  # TRL would cut the answer off, and drop what is left without one
     trainer = continual(SFTTrainer, methods=methods, stage="cit")(
         model=model,
-        args=training_arguments(recipe, output),
+        args=arguments,
         train_dataset=Dataset.from_list(examples),
         processing_class=tokenizer,
         callbacks=callbacks,
@@ -56,8 +60,22 @@ def build_trainer(
         method_state=dict(method_state or {}),
         progress=progress,
     )
+    trainer.args.max_length = recipe.max_length
+    _refuse_long_rows(trainer.train_dataset, recipe.max_length)
     trainer.remove_callback(PrinterCallback)  # our own progress replaces a line of JSON per step
     return trainer
+
+
+def _refuse_long_rows(tokenized: Dataset, limit: int) -> None:
+    columns = tokenized["id"], tokenized["input_ids"]
+    long = {name: len(tokens) for name, tokens in zip(*columns, strict=True) if len(tokens) > limit}
+    if long:
+        named = ", ".join(f"{name} ({length} tokens)" for name, length in list(long.items())[:3])
+        raise BadInput(
+            f"{len(long)} rows are longer than max_length {limit}, which would cut their answers: {named}"
+            f"{', ...' if len(long) > 3 else ''}; raise max_length in the recipe to {max(long.values())}, or "
+            "shorten them"
+        )
 
 
 def lora_config(lora: Lora, model: Any) -> LoraConfig:

@@ -15,10 +15,13 @@ Progress = Callable[[str, int, int, str], None]
 
 
 class ProgressCallback(TrainerCallback):
-    """Reports every step and, when an interruption was requested, asks for a checkpoint and a stop."""
+    """Reports every step and, when an interruption was requested, asks for a checkpoint and a stop.
 
-    def __init__(self, progress: Progress | None, interruption: Interruption):
-        self._progress, self._interruption = progress, interruption
+    ``saved`` is called after every checkpoint.
+    """
+
+    def __init__(self, progress: Progress | None, interruption: Interruption, saved: Callable[[], None]):
+        self._progress, self._interruption, self._saved = progress, interruption, saved
         self._trainer: Any = None
 
     def attach(self, trainer: Any) -> None:
@@ -27,6 +30,9 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         continue_token_count(self._trainer)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self._progress:

@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,12 +30,20 @@ from meristem.ecosystem.folders import ingest
 from meristem.ecosystem.ledger import Entry
 from meristem.ecosystem.records import Asset, Update, UpdateOutcome, Version
 from meristem.ecosystem.versions import VersionEntry
-from meristem.errors import BadInput, EnvironmentFailure, Interrupted, MeristemError, StateMoved
+from meristem.errors import (
+    BadInput,
+    EnvironmentFailure,
+    Interrupted,
+    MeristemError,
+    StateMoved,
+    TrainingFailed,
+)
 from meristem.store.canonical import digest_document
 from meristem.store.packs import disk_failure
 from meristem.store.store import Store, read_document
 from meristem.training import method_states
 from meristem.training.interrupts import Interruption
+from meristem.training.stopwatch import Stopwatch
 
 Progress = Callable[[str, int, int, str], None]  # what, done, total, note
 
@@ -55,9 +62,7 @@ class Trained:
     curve: list[dict[str, float]]
 
 
-def open_update(
-    store: Store, actor: str, *, parent: VersionEntry, data: list[str], recipe: Recipe, plan: str | None
-) -> Entry:
+def open_update(store: Store, actor: str, *, parent: VersionEntry, data: list[str], recipe: Recipe) -> Entry:
     """The update with exactly these inputs, finished or not, or a new one. Nothing is trained yet."""
     update = Update(
         model=parent.model,
@@ -65,7 +70,6 @@ def open_update(
         data=data,
         recipe=digest_document(recipe.document()),
         method_state=parent.record.assets.get("method-state"),
-        plan=plan,
         code=code_versions(),
     )
     with store.transaction(
@@ -74,8 +78,8 @@ def open_update(
         for entry in ledger.entries(tx.connection, "update", model=parent.model):
             if entry.digest == update.digest:
                 return entry
-        assets.add(tx, Asset(kind="recipe", name=parent.model, files={}, facts=recipe.document()))
-        tx.add_document(recipe.document())
+        facts = {"document": tx.add_document(recipe.document())}
+        assets.add(tx, Asset(kind="recipe", name=parent.model, files={}, facts=facts))
         return ledger.open_record(tx, "update", update, parent.model)
 
 
@@ -84,7 +88,7 @@ def run(store: Store, actor: str, entry: Entry, progress: Progress | None = None
 
     Raises ``StateMoved`` while another process runs it, ``Interrupted`` after Ctrl-C with a checkpoint kept,
     ``NonFiniteLoss`` when the loss is NaN, ``EnvironmentFailure`` when the disk refuses; in each case the same
-    call continues later.
+    call continues later. Raises ``BadInput`` when it was opened with other library versions than are installed.
     """
     with _locked(store, entry) as folder:
         with store.database.read() as connection:
@@ -93,6 +97,7 @@ def run(store: Store, actor: str, entry: Entry, progress: Progress | None = None
                 outcome = UpdateOutcome.from_document(read_document(connection, entry.result))
                 shutil.rmtree(folder, ignore_errors=True)  # killed between its commit and this line
                 return versions.by_digest(connection, outcome.version)
+        _refuse_other_code(entry)
         try:
             with disk_errors(folder):
                 trained = _train(store, entry.as_(Update), folder, progress)
@@ -104,6 +109,19 @@ def run(store: Store, actor: str, entry: Entry, progress: Progress | None = None
         return created
 
 
+def _refuse_other_code(entry: Entry) -> None:
+    """A resumed run with other libraries would end in weights that its record does not describe."""
+    begun, here = entry.as_(Update).code, code_versions()
+    changed = [
+        f"{name} {begun.get(name)} (now {here[name]})" for name in here if begun.get(name) != here[name]
+    ]
+    if changed:
+        raise BadInput(
+            f"{entry.id} was begun with {', '.join(changed)}: install that again, or start it as a new update "
+            "with `meristem update run`"
+        )
+
+
 def _train(store: Store, update: Update, folder: Path, progress: Progress | None) -> Trained:
     from meristem.training import cit
     from meristem.training.continual import newest_complete_checkpoint
@@ -113,9 +131,12 @@ def _train(store: Store, update: Update, folder: Path, progress: Progress | None
     with store.database.read() as connection:
         parent = versions.by_digest(connection, update.parent)
     here = checkouts.cached(store, parent.content)
-    started = time.monotonic()
-    with Interruption(_STOPPING) as interruption, quiet_libraries():
-        callback = ProgressCallback(progress, interruption)
+    with (
+        Stopwatch(folder / "seconds.json") as watch,
+        Interruption(_STOPPING) as interruption,
+        quiet_libraries(),
+    ):
+        callback = ProgressCallback(progress, interruption, watch.note)
         trainer = cit.build_trainer(
             recipe,
             folder=here.folder,
@@ -136,12 +157,16 @@ def _train(store: Store, update: Update, folder: Path, progress: Progress | None
             )
     adapter = folder / "adapter"
     trainer.model.save_pretrained(str(adapter))
+    if here.base_folder is not None:
+        for path in here.folder.iterdir():  # the parent's own tokenizer and chat template, if it has them
+            if path.suffix != ".safetensors" and not (adapter / path.name).exists():
+                shutil.copyfile(path, adapter / path.name)
     return Trained(
         adapter=adapter,
         states={**(state or {}), **trainer.method_state()},
         steps=trainer.state.global_step,
         tokens=int(callback.tokens(trainer)),
-        seconds=time.monotonic() - started,
+        seconds=watch.seconds(),
         curve=callback.curve(trainer),
     )
 
@@ -221,12 +246,17 @@ def _note_stop(store: Store, actor: str, entry: Entry, error: BaseException) -> 
     status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
     if entry.status == status:
         return
-    with suppress(EnvironmentFailure, StateMoved), store.transaction(actor, _one_line(error)) as tx:
+    with suppress(EnvironmentFailure, StateMoved), store.transaction(actor, _reason(error)) as tx:
         ledger.set_status(tx, entry, status)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _reason(error: BaseException) -> str:
+    """What an event may hold: a text of ours with steps and ids, else only the error's name.
+
+    The texts of libraries and of chat templates can quote training rows.
+    """
+    ours = isinstance(error, TrainingFailed | Interrupted)
+    return str(error) if ours else type(error).__name__
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def _most_steps(found: list[Run]) -> float:
 
 
 def _commands(data: Snapshot, back: Return | None) -> dict[str, str]:
-    start = f"meristem --workspace {shlex.quote(str(data.ws.root.resolve()))}"
+    start = f"meristem --workspace {shlex.quote(data.ws.root.resolve().name)}"
     commands = {"verify": f"{start} log verify --head {data.audit.head}"}
     if back:
         commands["rollback"] = f"{start} release rollback {data.model.name} --to {back.target} --reason 'WHY'"

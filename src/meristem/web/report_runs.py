@@ -10,7 +10,7 @@ from meristem.web import wording
 from meristem.web.report_data import Snapshot, short, standing
 
 MOST_EVENTS = 1000
-_PENALTY = "penalty/"
+_PENALTY = "/penalty"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def runs(data: Snapshot) -> list[Run]:
     found = []
     for update in data.updates:
         curve = update.outcome.curve if update.outcome else []
-        keys = sorted({key for point in curve for key in point if key.startswith(_PENALTY)})
+        keys = sorted({key for point in curve for key in point if key.endswith(_PENALTY)})
         found.append(
             Run(
                 id=update.id,
@@ -75,7 +75,7 @@ def runs(data: Snapshot) -> list[Run]:
                 methods=data.methods(update.record.recipe),
                 data=[data.asset_labels.get(digest, short(digest)) for digest in update.record.data],
                 loss=_series(curve, "loss"),
-                penalties={key.removeprefix(_PENALTY): _series(curve, key) for key in keys},
+                penalties={key.removesuffix(_PENALTY): _series(curve, key) for key in keys},
             )
         )
     return found

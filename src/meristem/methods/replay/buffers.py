@@ -46,6 +46,9 @@ class ReservoirBuffer:
 
     The n-th row (1-based) is kept while n <= capacity; after that it replaces slot j with j uniform in [0, n)
     when j < capacity. Every row seen is then held with probability capacity / n. State: ``capacity`` rows.
+
+    A saved reservoir can go on with a smaller capacity (a uniform sample of it is kept), but not with a larger
+    one once it has dropped rows: those it would need to stay uniform are gone.
     """
 
     kind = "reservoir"
@@ -70,12 +73,19 @@ class ReservoirBuffer:
         return held - len(self._rows)
 
     def state(self) -> dict[str, Any]:
-        return {"kind": self.kind, "seen": self.seen, "rows": self.rows()}
+        return {"kind": self.kind, "capacity": self.capacity, "seen": self.seen, "rows": self.rows()}
 
     def load(self, state: dict[str, Any]) -> None:
         _same_kind(state, self.kind)
-        self.seen = int(state["seen"])
-        self._rows = [_checked(row) for row in state["rows"]][: self.capacity]
+        seen, before = int(state["seen"]), int(state["capacity"])
+        if self.capacity > before and seen > before:
+            raise BadInput(
+                f"the saved reservoir kept {before} of {seen} rows and cannot grow to capacity={self.capacity}: "
+                f"keep capacity={before} or less"
+            )
+        self.seen = seen
+        rows = [_checked(row) for row in state["rows"]]
+        self._rows = _sample(rows, self.capacity, f"{self.seed}/{self.capacity}/{seen}")
 
 
 class TaskBalancedBuffer:
@@ -84,6 +94,9 @@ class TaskBalancedBuffer:
     With T tasks the quota is capacity // T, one more for the first capacity % T tasks. A task that arrives
     shrinks the others: each drops rows at random, which leaves a uniform sample of what it saw. State:
     ``capacity`` rows in all, whatever the number of tasks.
+
+    A saved buffer can go on with another capacity. A larger one leaves room for tasks to come and for those that
+    have dropped no row yet; a task that has keeps the number of rows it holds, because more would not be uniform.
     """
 
     kind = "task-balanced"
@@ -91,6 +104,7 @@ class TaskBalancedBuffer:
     def __init__(self, capacity: int, seed: int = 0):
         self.capacity, self.seed = capacity, seed
         self.seen: dict[str, int] = {}
+        self._thinned: set[str] = set()  # tasks that have dropped rows for want of room
         self._rows: dict[str, list[Row]] = {}
 
     def quota(self, task: str) -> int:
@@ -106,7 +120,11 @@ class TaskBalancedBuffer:
                 self.seen[task], self._rows[task] = 0, []
                 self._shrink()
             self.seen[task] += 1
-            _offer(self._rows[task], row, self.seen[task], self.quota(task), (self.seed, task))
+            held, n = self._rows[task], self.seen[task]
+            room = len(held) if task in self._thinned else self.quota(task)
+            if n > room:
+                self._thinned.add(task)
+            _offer(held, row, n, room, (self.seed, task))
 
     def rows(self) -> list[Row]:
         return [dict(row) for held in self._rows.values() for row in held]
@@ -118,12 +136,19 @@ class TaskBalancedBuffer:
         return held - len(self.rows())
 
     def state(self) -> dict[str, Any]:
-        return {"kind": self.kind, "seen": dict(self.seen), "order": list(self.seen), "rows": self.rows()}
+        return {
+            "kind": self.kind,
+            "seen": dict(self.seen),
+            "order": list(self.seen),
+            "thinned": sorted(self._thinned),
+            "rows": self.rows(),
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         _same_kind(state, self.kind)
         # JSON written with sorted keys loses the order in which tasks arrived, so it stands apart.
         self.seen = {task: int(state["seen"][task]) for task in state["order"]}
+        self._thinned = set(state["thinned"])
         self._rows = {task: [] for task in self.seen}
         for row in state["rows"]:
             self._rows[row["task"]].append(_checked(row))
@@ -133,8 +158,9 @@ class TaskBalancedBuffer:
         for task, held in self._rows.items():
             quota = self.quota(task)
             if len(held) > quota:
-                draw = random.Random(f"{self.seed}/{task}/{len(self.seen)}/{self.seen[task]}")
-                self._rows[task] = [held[i] for i in sorted(draw.sample(range(len(held)), quota))]
+                self._thinned.add(task)
+                key = f"{self.seed}/{task}/{len(self.seen)}/{self.seen[task]}"
+                self._rows[task] = _sample(held, quota, key)
 
 
 def _offer(held: list[Row], row: Row, n: int, capacity: int, key: tuple[Any, ...]) -> None:
@@ -143,6 +169,13 @@ def _offer(held: list[Row], row: Row, n: int, capacity: int, key: tuple[Any, ...
         held.append(row)
     elif (slot := _uniform(n, *key, n)) < len(held):
         held[slot] = row
+
+
+def _sample(rows: list[Row], count: int, key: str) -> list[Row]:
+    """``count`` of ``rows`` in their order, every choice equally likely; all of them when they are no more."""
+    if len(rows) <= count:
+        return rows
+    return [rows[i] for i in sorted(random.Random(key).sample(range(len(rows)), count))]
 
 
 def _same_kind(state: dict[str, Any], kind: str) -> None:
