@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meristem.cli.options import JSON, opened, show, table
+from meristem.cli.options import JSON, in_words, opened, show, table
 
 if TYPE_CHECKING:
     from meristem.ecosystem.versions import VersionEntry
@@ -59,7 +59,7 @@ def show_(reference: Annotated[str, typer.Argument(metavar="REF")], as_json: JSO
     """One version: digests, parents, tasks, data, recipe."""
     with opened() as ws:
         about = _about(ws, ws.version(reference))
-        show(as_json, about, "\n".join(f"{key:>14}  {_text(value)}" for key, value in about.items()))
+        show(as_json, about, "\n".join(f"{key:>14}  {in_words(value)}" for key, value in about.items()))
 
 
 @app.command("lineage")
@@ -84,7 +84,7 @@ def diff(first: str, second: str, as_json: JSON = False) -> None:
     """What differs between two versions: tensors, files, tasks, data."""
     with opened() as ws:
         found = ws.diff(first, second)
-        lines = [f"{key:>18}  {_text(value)}" for key, value in found.items()]
+        lines = [f"{key:>18}  {in_words(value)}" for key, value in found.items()]
         show(as_json, found, "\n".join(lines))
 
 
@@ -122,11 +122,3 @@ def _about(ws: Workspace, version: VersionEntry) -> dict[str, Any]:
         "assets": record.assets,
         "code": record.code,
     }
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {v}" for k, v in value.items()) or "-"
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "-"
-    return "-" if value is None else str(value)

@@ -123,3 +123,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     console = Console(file=io.StringIO(), record=True, width=width)
     console.print(made)
     return "\n".join(line.rstrip() for line in console.export_text().splitlines())
+
+
+def in_words(value: Any) -> str:
+    """A JSON value as people write it: ``margin 0.1, confidence 0.95``; ``-`` for nothing."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {in_words(found)}" for key, found in value.items()) or "-"
+    if isinstance(value, list):
+        return ", ".join(map(in_words, value)) or "-"
+    return "-" if value is None else str(value)

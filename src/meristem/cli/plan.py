@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meristem.cli.options import JSON, opened, show, table
+from meristem.cli.options import JSON, in_words, opened, show, table
 
 if TYPE_CHECKING:
     from meristem.ecosystem.ledger import Entry
@@ -67,7 +67,9 @@ def _show(ws: Workspace, entry: Entry, as_json: bool) -> None:
     if document["action"] == "update":
         lines.append(f"  data: {', '.join(ws.asset('dataset', d).label for d in document['data'])}")
         lines.append(
-            f"  stage {recipe['stage']}, methods: {', '.join(methods) or 'none'}, budget: {document['budget']}"
+            f"  stage {recipe['stage']}, methods: {', '.join(methods) or 'none'}, budget: {in_words(document['budget'])}"
         )
-        lines += [f"  gate {c['gate']} on {c['suite']}: {c['arguments']}" for c in document["criteria"]]
+        lines += [
+            f"  gate {c['gate']} on {c['suite']}: {in_words(c['arguments'])}" for c in document["criteria"]
+        ]
     show(as_json, {**document, "resolved_recipe": recipe}, "\n".join(lines))
