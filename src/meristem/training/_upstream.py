@@ -165,7 +165,7 @@ def labelled_positions_only(device: torch.device) -> Iterator[None]:
 
     Without Triton it projects every position to the vocabulary, to keep tensor shapes constant for compilers;
     on a CPU that is most of the step when the loss is on short completions (SmolLM2-135M, 66 tokens a row, 4 of
-    them labelled: 1.76 s a step before, 0.81 s with this; benchmarks/README.md). The values are the same.
+    them labelled: 2.7 s a step before, 1.1 s with this on one thread; benchmarks/README.md). Same values.
     """
     fused: Any = sys.modules.get("trl.trainer.utils")  # not imported: the trainer is not TRL's
     original = getattr(fused, "_use_triton", None)
