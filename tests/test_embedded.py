@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import meristem as ms
 from meristem.demo.story import DATA
 from meristem.ecosystem import folders, versions
+from meristem.store.canonical import digest_bytes
 
 pytestmark = pytest.mark.llm
 
 RECIPE = {"learning_rate": 1e-3, "max_steps": 6, "batch_size": 4, "lora": {"rank": 4, "layers": 0.2}}
+# Six items settle little; how gates judge is tested elsewhere.
+POLICY = """\
+schema: meristem/workspace/v1
+defaults: {gates: [{gate: non_inferiority, suites: all, margin: 0.99}]}
+"""
 
 
 @pytest.fixture(scope="module")
 def ws(tmp_path_factory: pytest.TempPathFactory) -> ms.Workspace:
     """A support model on the embedded LLM after one short update on a slice of the demo's data."""
     root = tmp_path_factory.mktemp("embedded")
+    (root / "ws").mkdir()
+    (root / "ws" / "meristem.yaml").write_text(POLICY)
     made = ms.Workspace.create(root / "ws", actor="test")
     made.add_model("smollm2", tier="foundation", source="embedded")
     made.add_model("support", tier="industrial", base="smollm2")
@@ -79,3 +89,40 @@ def test_a_full_checkout_loads_in_plain_transformers(ws: ms.Workspace, tmp_path:
         content = versions.content_of(connection, ws.version("support@v1").content)
     (made.folder / "meristem.json").unlink()  # says which version it is; not part of the content
     assert folders.matches(content, made.folder)
+
+
+def test_rollback_gives_the_tensors_and_logits_of_the_release(
+    ws: ms.Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded when the first champion stood; compared after a release and a rollback without a network."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was used")
+
+    recorded = served(ws, tmp_path / "before")
+    ws.promote(ws.propose("support@v2"))
+    assert served(ws, tmp_path / "between")["logits"] != recorded["logits"]
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    ws.rollback("support", reason="try it")
+    assert served(ws, tmp_path / "after") == recorded
+    assert [entry.record.kind for entry in ws.history("support")] == ["promote", "rollback"]
+
+
+def served(ws: ms.Workspace, folder: Path) -> dict[str, Any]:
+    """Digests of every tensor of the champion, and the logits of eight greedy tokens, bit for bit."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    made = ws.checkout("support@champion", folder)
+    tokenizer = AutoTokenizer.from_pretrained(made.folder)
+    model = AutoModelForCausalLM.from_pretrained(made.folder, dtype="bfloat16").eval()
+    prompt = tokenizer("The order number is", return_tensors="pt")
+    out = model.generate(
+        **prompt, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    with folders.ingest(made.folder, "sha256:base" if made.base_folder else None) as (content, _):
+        return {
+            "tensors": content.tensors,
+            "tokens": out.sequences.tolist(),
+            "logits": [digest_bytes(step.float().numpy().tobytes()) for step in out.logits],
+        }

@@ -284,7 +284,7 @@ class Cut(BaseException):
 BOUNDARIES = [
     (planner, "record_plan", "after"),
     (updates, "open_update", "after"),
-    (updates, "_train", "after"),
+    (updates, "train", "after"),
     (updates, "_commit", "after"),
     (decisions, "_judge_all", "before"),
     (decisions, "propose", "after"),

@@ -37,6 +37,15 @@ defaults:
 models: {}
 #  support:
 #    gates: [...]
+
+# Where the workspace is kept. Without these lines: SQLite and packs in .meristem/ beside this file.
+# Passwords and keys stay in the environment (PGPASSWORD or ~/.pgpass, AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...).
+# store: postgresql://user@host/database
+# packs: s3://bucket/prefix
+
+# What `meristem store gc` may give up: days that bytes of a kind are kept after nothing in use reaches them.
+# A kind that is not named is kept for ever; what an alias, a release or an open update reaches always is.
+retention: {}           # e.g. {adapter: 90, method-state: 30}
 """
 
 
@@ -143,8 +152,19 @@ class ModelSettings(_Strict):
         }
 
 
+Days = Annotated[float, Field(ge=0)]
+
+
 class WorkspaceConfig(_Strict):
+    """``store`` and ``packs`` are URLs of what a team shares (None: in the workspace's folder).
+
+    ``retention``: days that unused bytes are kept, per kind of asset (``adapter`` and ``full`` are weights).
+    """
+
     schema_: Literal["meristem/workspace/v1"] = Field(alias="schema")
+    store: Annotated[str, Field(pattern=r"^postgres(ql)?(\+psycopg)?://")] | None = None
+    packs: Annotated[str, Field(min_length=1)] | None = None
+    retention: dict[Literal["adapter", "full", "dataset", "suite", "recipe", "method-state"], Days] = {}
     evaluation: EvaluationSettings = EvaluationSettings()
     defaults: dict[str, Any] = {}
     models: dict[str, dict[str, Any]] = {}

@@ -4,32 +4,49 @@ from __future__ import annotations
 
 import getpass
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meristem import config as configuration
-from meristem.config import CONFIG_NAME, ModelSettings, Recipe, resolve_recipe
-from meristem.ecosystem import aliases, assets, audit, checkouts, ledger, models, versions
-from meristem.ecosystem.aliases import Alias
+from meristem.config import CONFIG_NAME, ModelSettings, Recipe, WorkspaceConfig, resolve_recipe
+from meristem.ecosystem import aliases, assets, audit, checkouts, ledger, models, retirement, versions
+from meristem.ecosystem.aliases import Alias, Move
 from meristem.ecosystem.assets import AssetEntry
 from meristem.ecosystem.audit import Audit
 from meristem.ecosystem.ledger import Entry
-from meristem.ecosystem.records import Asset, Decision, GateResult, Model, Plan, Update, UpdateOutcome
+from meristem.ecosystem.records import (
+    Asset,
+    Decision,
+    GateResult,
+    Model,
+    Plan,
+    Reproduction,
+    Update,
+    UpdateOutcome,
+)
 from meristem.ecosystem.results import DecisionResult, UpdateResult
 from meristem.ecosystem.versions import VersionEntry
-from meristem.errors import BadInput, EnvironmentFailure
+from meristem.errors import BadInput
 from meristem.store import evidence
 from meristem.store.evidence import Event
 from meristem.store.packs import disk_failure, write_file_durably
 from meristem.store.store import Store, read_document
 
 if TYPE_CHECKING:
+    from meristem.ecosystem import deletion, gc
+    from meristem.ecosystem.bundles import Pulled, Pushed
+    from meristem.ecosystem.doctor import Health
     from meristem.evaluation.comparison import Comparison
     from meristem.evaluation.matrix import LineMatrix
     from meristem.evaluation.results import ItemResult
     from meristem.evaluation.service import EvaluationEntry, Evaluator
     from meristem.loop import Turn
+    from meristem.store.checkpoints import Checkpoint
+    from meristem.store.keys import Standing
 
 STORE_FOLDER = ".meristem"
 Progress = Callable[[str, int, int, str], None]  # what, done, total, note
@@ -48,7 +65,7 @@ class Workspace:
         self.actor = actor or os.environ.get("MERISTEM_ACTOR") or _login_name()
         self.progress = progress
         self.config = configuration.load_config(self.root / CONFIG_NAME)
-        self.store = Store(self.root / STORE_FOLDER)
+        self.store = _store(self.root, self.config)
         self._evaluator: Evaluator | None = None
 
     @classmethod
@@ -58,18 +75,19 @@ class Workspace:
         if root.exists() and not root.is_dir():
             raise BadInput(f"{root}: this is a file; give a folder")
         configured = (root / CONFIG_NAME).exists()
-        if configured:
-            configuration.load_config(root / CONFIG_NAME)
+        config = configuration.load_config(root / CONFIG_NAME) if configured else None
         try:
             (root / STORE_FOLDER).mkdir(parents=True, exist_ok=True)
-            database = Store(root / STORE_FOLDER).database
-            made = database.exists()  # by a `create` that was cut off, or by a workspace that lost its file
-            if made and configured:
-                raise BadInput(f"{root}: there is a workspace already; open it, or choose another folder")
-            if not configured:
-                write_file_durably(root / CONFIG_NAME, configuration.TEMPLATE.encode())
-            if not made:
-                database.create()
+            with closing(_store(root, config).database) as database:
+                made = (
+                    database.exists()
+                )  # by a `create` that was cut off, or by a workspace that lost its file
+                if made and configured:
+                    raise BadInput(f"{root}: there is a workspace already; open it, or choose another folder")
+                if not configured:
+                    write_file_durably(root / CONFIG_NAME, configuration.TEMPLATE.encode())
+                if not made:
+                    database.create()
         except OSError as error:
             raise disk_failure(error, root) from error
         return cls.open(root, **options)
@@ -80,11 +98,26 @@ class Workspace:
         root = Path(root)
         if not (root / CONFIG_NAME).exists():
             raise BadInput(f"{root}: no {CONFIG_NAME} here; make a workspace with `meristem init {root}`")
-        if not (root / STORE_FOLDER / "meristem.db").exists():
-            raise EnvironmentFailure(f"{root}: the store ({STORE_FOLDER}/meristem.db) is missing; restore it")
         workspace = cls(root, **options)
         workspace.store.database.check_schema()
         return workspace
+
+    @classmethod
+    def migrate(cls, root: str | Path = ".", **options: Any) -> tuple[str, str]:
+        """Lead the store of an older Meristem to this one's schema; returns the revisions ``(from, to)``."""
+        workspace = cls(Path(root), **options)
+        try:
+            return workspace.store.database.migrate(workspace.actor)
+        finally:
+            workspace.close()
+
+    @classmethod
+    def doctor(cls, root: str | Path = ".", progress: Progress | None = None) -> Health:
+        """Check the workspace in ``root``, broken or not; nothing is written. See ``ecosystem.doctor``."""
+        from meristem.ecosystem import doctor
+
+        root = Path(root)
+        return doctor.examine(root, root / STORE_FOLDER, lambda config: _store(root, config), progress)
 
     def close(self) -> None:
         self.store.database.close()
@@ -116,6 +149,12 @@ class Workspace:
         step = (lambda done, total: report(f"store {name}", done, total, "")) if report else None
         return models.add(self.store, self.actor, name, tier, source, base, step)
 
+    def commit(self, model: str, source: str | Path, reason: str = "") -> VersionEntry:
+        """Add weights made elsewhere as successor of the champion; they become the challenger."""
+        report = self.progress
+        step = (lambda done, total: report(f"store {model}", done, total, "")) if report else None
+        return models.commit(self.store, self.actor, model, source, reason, step)
+
     def models(self) -> list[Model]:
         with self.store.database.read() as connection:
             return models.all_models(connection)
@@ -127,21 +166,83 @@ class Workspace:
         with self.store.database.read() as connection:
             return versions.resolve(connection, reference)
 
-    def versions(self, model: str) -> list[VersionEntry]:
+    def versions(self, model: str, last: int | None = None) -> list[VersionEntry]:
+        """Versions of a model, oldest first; ``last``: only that many of the newest."""
         with self.store.database.read() as connection:
             models.get(connection, model)
-            return versions.of_model(connection, model)
+            return versions.of_model(connection, model, last)
+
+    def version_count(self, model: str) -> int:
+        with self.store.database.read() as connection:
+            return versions.count(connection, model)
+
+    def labels(self, digests: Iterable[str]) -> dict[str, str]:
+        """``name@v3`` for each of ``digests`` that is a version's."""
+        with self.store.database.read() as connection:
+            return versions.labels(connection, digests)
 
     def aliases(self, model: str) -> list[Alias]:
         with self.store.database.read() as connection:
             models.get(connection, model)
             return aliases.of_model(connection, model)
 
+    def move_alias(
+        self, model: str, alias: str, to: str | VersionEntry, *, expected: int | None = None, reason: str = ""
+    ) -> Alias:
+        """Point a team's own alias at a version, if its revision still is ``expected`` (None: whatever it is).
+
+        Raises ``BadInput`` for ``champion``, which only a release moves, ``StateMoved`` when the revision differs.
+        """
+        if alias == aliases.CHAMPION:
+            raise BadInput(
+                f"{model}@{alias} moves by a release: `meristem release propose`, `promote` or `rollback`"
+            )
+        version = self.version(to)
+        with self.store.transaction(self.actor, reason) as tx:
+            if expected is None:
+                return aliases.point(tx, model, alias, version.digest)
+            return aliases.move(tx, model, alias, version.digest, expected)
+
+    def protect_alias(self, model: str, alias: str, actors: list[str], reason: str = "") -> None:
+        """Let ``actors`` alone move ``model@alias``; an empty list lets everybody."""
+        with self.store.transaction(self.actor, reason) as tx:
+            models.get(tx.connection, model)
+            aliases.protect(tx, model, alias, actors)
+
+    def alias_actors(self, model: str, alias: str) -> list[str]:
+        """Who alone may move a protected alias; empty for one that is not."""
+        with self.store.database.read() as connection:
+            return aliases.protectors(connection, model, alias)
+
+    def alias_history(self, model: str, alias: str, last: int | None = None) -> list[Move]:
+        """The moves of an alias, oldest first; ``last``: only that many of the newest."""
+        with self.store.database.read() as connection:
+            models.get(connection, model)
+            return aliases.history(connection, model, alias, last)
+
     def checkout(self, reference: str | VersionEntry, to: str | Path) -> checkouts.Checkout:
         """Write a version as a plain Hugging Face / PEFT folder; every byte is checked on the way out."""
         report = self.progress
         step = (lambda done, total: report("checkout", done, total, "")) if report else None
         return checkouts.export(self.store, self.version(reference), Path(to), step)
+
+    def push(self, reference: str | VersionEntry, to: str | Path) -> Pushed:
+        """Write a version with all that it needs and its evidence as a bundle: a folder, or a URL such as ``s3://...``."""
+        from meristem.ecosystem import bundles
+
+        report, version = self.progress, self.version(reference)
+        step = (lambda done, total: report(f"push {version.label}", done, total, "")) if report else None
+        return bundles.push(self.store, version, to, step)
+
+    def pull(self, where: str | Path) -> Pulled:
+        """Take in the version of a bundle, checked whole before anything is written; see ``ecosystem.bundles``."""
+        from meristem.ecosystem import bundles
+        from meristem.evaluation.arrivals import check_arrival
+
+        report, suites = self.progress, self.suites()
+        step = (lambda what, done, total: report(f"{what} bundle", done, total, "")) if report else None
+        inspect = partial(check_arrival, self.store, suites)
+        return bundles.pull(self.store, self.actor, where, inspect=inspect, progress=step)
 
     def diff(self, first: str | VersionEntry, second: str | VersionEntry) -> dict[str, Any]:
         """What differs from ``first`` to ``second``: tensors and files by name, tasks, data, recipe."""
@@ -158,7 +259,7 @@ class Workspace:
 
         models.check_name("data", name)
         body, facts = read_dataset(name, Path(file))
-        refuse_leaks(self.store, str(file), load_body(bytes(body.data)), self.suites())
+        refuse_leaks(self.store, str(file), load_body(bytes(body.data)), self._kept(self.suites()))
         return self._add_asset(
             Asset(kind="dataset", name=name, files={ROWS_FILE: body.digest}, facts=facts), [body]
         )
@@ -176,7 +277,7 @@ class Workspace:
 
         models.check_name("suite", name)
         suite = load_suite(file)
-        for entry in self.data():
+        for entry in self._kept(self.data()):
             refuse_leaks_into(f"data {entry.label}", load_rows(self.store, entry.record.files), name, suite)
         body, facts = suite_asset(name, suite)
         return self._add_asset(
@@ -191,15 +292,46 @@ class Workspace:
         with self.store.database.read() as connection:
             return assets.resolve(connection, kind, reference)
 
+    def given_up(self, kind: str) -> dict[str, Event]:
+        """The assets of ``kind`` whose bytes were retired or deleted, by digest, with the event that says why."""
+        with self.store.database.read() as connection:
+            found = [entry.digest for entry in assets.listed(connection, [kind])]
+            events = {digest: retirement.event_of(connection, digest) for digest in found}
+        return {digest: event for digest, event in events.items() if event}
+
+    def refuse_given_up(self, entry: AssetEntry) -> None:
+        """Raises ``BadInput`` naming the event when the bytes of ``entry`` were given up."""
+        with self.store.database.read() as connection:
+            retirement.refuse(connection, entry.digest)
+
+    def delete_data(self, reference: str, reason: str) -> deletion.Deletion:
+        """Delete a data set for good: ``name`` with all its versions, ``name@v2`` or a digest.
+
+        Its digest, the reason and the versions trained on it stay; see ``ecosystem.deletion``.
+        """
+        from meristem.ecosystem import deletion
+
+        return deletion.delete(self.store, self.actor, reference, reason, self._steps("delete"))
+
+    def _kept(self, entries: list[AssetEntry]) -> list[AssetEntry]:
+        with self.store.database.read() as connection:
+            gone = retirement.all_given_up(connection)
+        return [entry for entry in entries if entry.digest not in gone]
+
     def _datasets(self, names: list[str]) -> list[str]:
-        """Digests of the named data sets, each once."""
+        """Digests of the named data sets, each once. Raises ``BadInput`` for one that was deleted or retired."""
         names = [names] if isinstance(names, str) else names
-        return list(dict.fromkeys(self.asset("dataset", name).digest for name in names))
+        digests = list(dict.fromkeys(self.asset("dataset", name).digest for name in names))
+        with self.store.database.read() as connection:
+            retirement.refuse(connection, *digests)
+        return digests
 
     def _add_asset(self, record: Asset, blobs: list[Any]) -> AssetEntry:
-        locations = self.store.put(blobs)
+        with self.store.database.read() as connection:
+            retirement.refuse_deleted(connection, record.digest)
+        stored = self.store.put(blobs)
         with self.store.transaction(self.actor, f"{record.kind} {record.name} added") as tx:
-            tx.add_blobs(locations)
+            tx.add_blobs(stored)
             return assets.add(tx, record)
 
     # Signals, plans and updates
@@ -271,6 +403,8 @@ class Workspace:
         digests = self._datasets(data)
         if not digests:
             raise BadInput("an update needs at least one data set")
+        with self.store.database.read() as connection:  # before there is a plan that nobody may carry out
+            aliases.check_actor(connection, model, aliases.CHALLENGER, self.actor)
         plan = planner.plan_update(self.store, self.actor, settings, model, digests, resolved)
         return self.run_plan(plan)
 
@@ -297,6 +431,30 @@ class Workspace:
         entry.as_(Update)
         updates.run(self.store, self.actor, entry, self.progress)
         return self.update_result(name)
+
+    def reproduce(self, reference: str) -> Reproduction:
+        """Execute an update (``update-3``, or a reference of the version it made) again, and compare every bit.
+
+        Nothing but the finding is added. See ``training.reproduce``.
+        """
+        from meristem.training import reproduce
+
+        if re.fullmatch(r"update-[0-9]+", reference):
+            entry = self.record(reference, "update")
+        else:
+            version = self.version(reference)
+            with self.store.database.read() as connection:
+                entry = reproduce.of_version(connection, version)
+        if self._evaluator is not None:
+            self._evaluator.release_memory()
+        return reproduce.reproduce(self.store, self.actor, entry, self.progress)
+
+    def close_update(self, name: str, reason: str = "") -> Entry:
+        """Give up an update that is not done; running it again opens it again."""
+        from meristem.training import updates
+
+        updates.close(self.store, self.actor, self.record(name), reason)
+        return self.record(name)
 
     def update_result(self, name: str) -> UpdateResult:
         with self.store.database.read() as connection:
@@ -390,19 +548,20 @@ class Workspace:
             models.get(connection, model)
         return rollout.rollback(self.store, self.actor, model, self.version(to) if to else None, reason)
 
-    def history(self, model: str) -> list[Entry]:
-        """Releases of a model, oldest first: promotions and rollbacks."""
+    def history(self, model: str, last: int | None = None) -> list[Entry]:
+        """Releases of a model, oldest first: promotions and rollbacks; ``last``: only that many of the newest."""
         with self.store.database.read() as connection:
             models.get(connection, model)
-            return ledger.entries(connection, "release", model=model)
+            return ledger.entries(connection, "release", model=model, last=last)
 
     def _plan_of(self, version: VersionEntry) -> Entry | None:
         """The newest plan for the training that made ``version``: the same parent, data and recipe."""
         made = version.record
-        for entry in reversed(self.records("plan", version.model)):
-            plan = entry.as_(Plan)
-            if ([plan.parent], plan.data, plan.recipe) == (made.parents, made.data, made.recipe):
-                return entry
+        with self.store.database.read() as connection:
+            for entry in ledger.newest_first(connection, "plan", version.model):
+                plan = entry.as_(Plan)
+                if ([plan.parent], plan.data, plan.recipe) == (made.parents, made.data, made.recipe):
+                    return entry
         return None
 
     # Loop and evidence
@@ -413,15 +572,103 @@ class Workspace:
 
         return turn(self, model)
 
-    def events(self, *, after: int = 0) -> Iterator[Event]:
+    def events(self, *, after: int = 0, last: int | None = None) -> Iterator[Event]:
+        """Events, oldest first; ``last``: only that many of the newest."""
         with self.store.database.read() as connection:
-            yield from evidence.read(connection, after=after)
+            if last is not None:
+                yield from evidence.newest(connection, last)
+            else:
+                yield from evidence.read(connection, after=after)
 
-    def verify(self, *, head: str | None = None) -> Audit:
-        """Recompute every digest, the chain and every pointer; see ``ecosystem.audit``."""
+    def add_key(self, file: str | Path, *, signer: str | Path | None = None) -> tuple[str, bool]:
+        """Register the key in ``file``, made there if missing; returns ``(its public half, whether it was new)``.
+
+        Every key but the first needs a ``signer``, the file of a key in force. See ``store.keys``.
+        """
+        from meristem.store import keys
+
+        by = keys.load(Path(signer), self.root) if signer else None
+        new = keys.load_or_make(Path(file), self.root)
+        with self.store.transaction(self.actor, "a key for checkpoints") as tx:
+            return new.public, keys.add(tx, new, by)
+
+    def rotate_key(self, old: str | Path, new: str | Path) -> tuple[str, bool]:
+        """Let the key in the file ``new`` (made if missing) take the place of the one in ``old``; as ``add_key``."""
+        from meristem.store import keys
+
+        before, after = keys.load(Path(old), self.root), keys.load_or_make(Path(new), self.root)
+        with self.store.transaction(self.actor, f"in place of {before.public[:12]}") as tx:
+            return after.public, keys.rotate(tx, before, after)
+
+    def keys(self) -> list[Standing]:
+        """The public keys that sign checkpoints, oldest first, with the events between which each counts."""
+        from meristem.store import keys
+
+        with self.store.database.read() as connection:
+            return list(keys.registered(connection))
+
+    def checkpoint(
+        self, key: str | Path, *, anchor: str | Path | None = None, anchor_command: str | None = None
+    ) -> Checkpoint:
+        """Sign the present head, and hand it to a file or a command outside; see ``store.checkpoints``."""
+        from meristem.store import checkpoints, keys
+
+        outside = checkpoints.Anchor(Path(anchor), self.root) if anchor else None
+        signer = keys.load(Path(key), self.root)
+        with self.store.database.write() as connection:
+            made = checkpoints.sign(connection, signer)
+        if outside:  # committed by now: an anchor never knows a head that the workspace could still lose
+            outside.append(made)
+        if anchor_command is not None:
+            checkpoints.pipe(made, anchor_command)
+        return made
+
+    def export_log(self) -> Iterator[bytes]:
+        """One line of JSON per event, its stored bytes as they are, and after them one per checkpoint."""
+        from meristem.store import checkpoints
+
+        with self.store.database.read() as connection:
+            yield from checkpoints.export(connection)
+
+    def export_log_to(self, file: str | Path) -> None:
+        """``export_log`` into a file, which then is there whole."""
+        write_file_durably(Path(file), self.export_log())
+
+    def collect_garbage(self, *, dry_run: bool = False) -> gc.Collection:
+        """Retire what ``retention`` in meristem.yaml gives up, and free the space of what nothing needs.
+
+        ``dry_run`` only says what would go. See ``ecosystem.gc``.
+        """
+        from meristem.ecosystem import gc
+
+        rules = {str(kind): days for kind, days in self.config.retention.items()}
+        return gc.collect(self.store, self.actor, rules, dry_run=dry_run, progress=self._steps("gc"))
+
+    def reindex(self) -> gc.Reindexed:
+        """Make the index of blobs again from the packs alone."""
+        from meristem.ecosystem import gc
+
         report = self.progress
-        step = (lambda what, done, total: report(f"verify {what}", done, total, "")) if report else None
-        return audit.verify(self.store, step, head)
+        step = (lambda done, total: report("reindex", done, total, "")) if report else None
+        return gc.reindex(self.store, step)
+
+    def _steps(self, verb: str) -> Callable[[str, int, int], None] | None:
+        report = self.progress
+        return (lambda what, done, total: report(f"{verb} {what}", done, total, "")) if report else None
+
+    def verify(self, *, head: str | None = None, anchor: str | Path | None = None) -> Audit:
+        """Recompute every digest, the chain, every signature and every pointer; see ``ecosystem.audit``."""
+        from meristem.store import checkpoints
+
+        lines = checkpoints.Anchor(Path(anchor), self.root).read() if anchor else None
+        return audit.verify(self.store, self._steps("verify"), head, lines)
+
+
+def _store(root: Path, config: WorkspaceConfig | None) -> Store:
+    packs = config.packs if config else None
+    if packs and "://" not in packs:
+        packs = str(root / packs)
+    return Store(root / STORE_FOLDER, config.store if config else None, packs)
 
 
 def _login_name() -> str:

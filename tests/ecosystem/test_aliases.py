@@ -11,6 +11,7 @@ from tests.ecosystem.test_models import grow
 
 from meristem.ecosystem import aliases, audit
 from meristem.errors import BadInput, StateMoved
+from meristem.store import evidence
 from meristem.store.schema import aliases as table
 from meristem.store.schema import events
 
@@ -85,6 +86,74 @@ def test_a_model_without_a_champion_says_so(store, line):
         pytest.raises(BadInput, match="no champion; release a version first"),
     ):
         aliases.champion(connection, "base")
+
+
+def test_the_history_says_who_when_and_why(store, line):
+    for number, actor in enumerate(("kim", "lee", "sam"), start=1):
+        with store.transaction(actor, f"reason {number}") as tx:
+            aliases.move(tx, "base", "canary", line[number].digest, number - 1)
+    with store.database.read() as connection:
+        moves = aliases.history(connection, "base", "canary")
+        assert aliases.history(connection, "base", "canary", last=2) == moves[1:]
+        assert aliases.history(connection, "base", "shadow") == []
+        told = {event.sequence: event for event in evidence.read(connection)}
+    assert [(move.actor, move.reason) for move in moves] == [
+        ("kim", "reason 1"), ("lee", "reason 2"), ("sam", "reason 3"),
+    ]  # fmt: skip
+    for move in moves:
+        assert (move.version, move.time) == (told[move.event].subject, told[move.event].time)
+
+
+def test_to_point_where_it_points_is_no_move(store, line):
+    for to, revision in ((1, 1), (1, 1), (2, 2), (1, 3)):
+        with store.transaction("kim") as tx:
+            assert aliases.point(tx, "base", "canary", line[to].digest).revision == revision
+    with store.database.read() as connection:
+        assert len(aliases.history(connection, "base", "canary")) == 3
+        assert aliases.was_at(connection, "base", "canary", line[2].digest)
+        assert not aliases.was_at(connection, "base", "canary", line[3].digest)
+
+
+def protect(store, actor, *actors):
+    with store.transaction(actor, "because") as tx:
+        aliases.protect(tx, "base", "champion", list(actors))
+
+
+def test_a_protected_alias_is_moved_by_the_actors_it_names(store, line):
+    protect(store, "kim", "sam", "kim", "sam")
+    with store.transaction("lee") as tx, pytest.raises(BadInput, match="kim, sam may move it, lee may not"):
+        aliases.move(tx, "base", "champion", line[1].digest, 1)
+    with store.transaction("lee") as tx:
+        aliases.move(tx, "base", "canary", line[1].digest, 0)  # another one is free
+    assert move(store, "champion", line[1], 1).revision == 2
+    with store.transaction("lee") as tx, pytest.raises(BadInput, match="lee may not"):
+        aliases.point(tx, "base", "champion", line[2].digest)
+    with store.database.read() as connection:
+        assert aliases.protectors(connection, "base", "champion") == ["kim", "sam"]
+        assert [e.data["actors"] for e in evidence.read(connection, kind="alias.protected")] == [
+            ["kim", "sam"]
+        ]
+    assert audit.verify(store).intact
+
+
+def test_who_may_change_the_protection(store, line):
+    with pytest.raises(BadInput, match="name yourself"):
+        protect(store, "kim", "sam")
+    protect(store, "kim", "kim", "sam")
+    for actors in ([], ["lee"], ["lee", "kim"]):
+        with pytest.raises(BadInput, match="lee may not"):
+            protect(store, "lee", *actors)
+    protect(store, "kim", "sam", "kim")  # as it is: no event
+    protect(store, "sam", "sam")
+    with pytest.raises(BadInput, match="kim may not"):
+        protect(store, "kim", "kim")
+    protect(store, "sam")
+    protect(store, "lee", "lee")  # free again
+    with store.database.read() as connection:
+        told = [event.data["actors"] for event in evidence.read(connection, kind="alias.protected")]
+    assert told == [["kim", "sam"], ["sam"], [], ["lee"]]
+    with pytest.raises(BadInput, match="alias 'v1'"), store.transaction("kim") as tx:
+        aliases.protect(tx, "base", "v1", ["kim"])
 
 
 def test_the_swap_itself_compares(store, line, monkeypatch):

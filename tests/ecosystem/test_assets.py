@@ -12,8 +12,9 @@ from meristem.store.packs import Blob
 
 def add(store, name, text, kind="dataset"):
     body = Blob.file(text.encode())
+    stored = store.put([body])
     with store.transaction("kim") as tx:
-        tx.add_blobs(store.put([body]))
+        tx.add_blobs(stored)
         return assets.add(tx, Asset(kind=kind, name=name, files={"rows.jsonl": body.digest}))
 
 

@@ -17,8 +17,9 @@ def write(path, rows):
 
 def put(store, name, path):
     body, facts = read_dataset(name, path)
+    stored = store.put([body])
     with store.transaction("kim") as tx:
-        tx.add_blobs(store.put([body]))
+        tx.add_blobs(stored)
     return {ROWS_FILE: body.digest}, facts
 
 

@@ -23,9 +23,11 @@ def content_of(folder, base=None):
 
 
 def put(store, folder, base=None):
-    with folders.ingest(folder, base) as (content, blobs), store.transaction("kim") as tx:
-        tx.add_blobs(store.packs.write(blobs))
-        return content
+    with folders.ingest(folder, base) as (content, blobs):
+        stored = store.put(blobs)
+    with store.transaction("kim") as tx:
+        tx.add_blobs(stored)
+    return content
 
 
 def test_the_model_is_its_tensors_and_its_configuration(tmp_path):

@@ -1,56 +1,36 @@
-"""Transactions: all or nothing, one writer at a time, and every failure with the right exit code."""
+"""SQLite keeps the contract, and fails as an operating system makes it fail."""
 
 from __future__ import annotations
 
 import shutil
-import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
-from contextlib import closing
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
-from tests.store.values import tensor
 
-from meristem.errors import BadInput, EnvironmentFailure, StateMoved, Tampered
-from meristem.store import database as room
-from meristem.store import evidence
-from meristem.store.schema import blobs, documents, events, settings
-from meristem.store.store import Store, read_document
-
-DOCUMENT = {"schema": "meristem/test/v1", "text": "hello"}
+from meristem.errors import BadInput, EnvironmentFailure
+from meristem.store.store import Store
+from meristem.testing.database import DatabaseContract, contents
 
 
-def contents(store):
-    with store.database.read() as connection:
-        return [list(connection.execute(select(table))) for table in (documents, events, blobs)]
+class TestSQLite(DatabaseContract):
+    @pytest.fixture
+    def open_store(self, tmp_path):
+        made = [Store(tmp_path)]
+        made[0].database.create()
 
+        def again():
+            made.append(Store(tmp_path))
+            return made[-1]
 
-@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_whatever_stops_a_transaction_takes_all_of_it_back(store, stop):
-    with store.transaction("kim") as tx:
-        tx.append("test.began", tx.add_document({**DOCUMENT, "text": "before"}))
-    before = contents(store)
-    with pytest.raises(stop), store.transaction("kim") as tx:
-        tx.add_blobs(store.packs.write([tensor(1.0)]))
-        tx.append("test.happened", tx.add_document(DOCUMENT))
-        raise stop
-    assert contents(store) == before
-    with store.transaction("kim") as tx:
-        assert tx.append("test.happened", "x").sequence == 2
+        yield again
+        for store in made:
+            store.database.close()
 
-
-def test_a_reader_sees_one_snapshot(store):
-    with store.database.read() as connection:
-        assert evidence.head(connection) == (0, evidence.GENESIS)
-        with store.transaction("kim") as tx:
-            tx.append("test.happened", "x")
-        assert evidence.head(connection) == (0, evidence.GENESIS)
-    with store.database.read() as connection:
-        assert evidence.head(connection)[0] == 1
+    def place(self, store):
+        return str(store.root), None, None
 
 
 def test_commits_are_synced(store):
@@ -59,54 +39,15 @@ def test_commits_are_synced(store):
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
 
 
-def test_a_document_is_stored_once_and_checked_when_read(store):
-    with store.transaction("kim") as tx:
-        digest = tx.add_document(DOCUMENT)
-        assert tx.add_document(dict(reversed(DOCUMENT.items()))) == digest
-    assert store.document(digest) == DOCUMENT
-    with store.database.read() as connection, pytest.raises(BadInput, match="holds no document"):
-        read_document(connection, "sha256:0")
-    with store.database.write() as connection:
-        connection.execute(documents.update().values(body=b'{"schema":"meristem/test/v1","text":"hallo"}'))
-    with pytest.raises(Tampered):
-        store.document(digest)
-
-
 @pytest.mark.parametrize("text", ["\udcff", float("nan"), 2**60])
 def test_what_json_cannot_carry_is_bad_input_and_changes_nothing(store, text):
     """A note typed in another encoding reaches Python as a lone surrogate."""
+    document = {"schema": "meristem/test/v1", "text": text}
     with pytest.raises(BadInput, match="cannot be stored"), store.transaction("kim") as tx:
-        tx.add_document({**DOCUMENT, "text": text})
+        tx.add_document(document)
     with pytest.raises(BadInput, match="cannot be stored"), store.transaction("kim") as tx:
         tx.append("test.happened", "x", text=text)
     assert contents(store) == [[], [], []]
-
-
-def test_a_held_lock_is_state_moved(store, monkeypatch):
-    monkeypatch.setattr(room, "BUSY_SECONDS", 0.1)
-    other = Store(store.root)
-    with (
-        store.transaction("kim"),
-        pytest.raises(StateMoved, match="another process is writing"),
-        other.transaction("lee"),
-    ):
-        pass
-    with other.transaction("lee") as tx:
-        tx.append("test.happened", "x")
-    other.database.close()
-
-
-def test_another_schema_is_refused(store):
-    store.database.check_schema()
-    with store.database.write() as connection:
-        connection.execute(settings.update().values(value="99"))
-    with pytest.raises(BadInput, match="schema 99"):
-        store.database.check_schema()
-
-
-def test_tables_are_made_once(store):
-    with pytest.raises(StateMoved, match="another process made"):
-        Store(store.root).database.create()
 
 
 @pytest.mark.parametrize("body", [b"", b"not a database at all" * 50, "cut", "zeroed"])
@@ -188,33 +129,6 @@ def test_a_full_disk_takes_the_transaction_back(store):
         tx.append("test.happened", "x")
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from meristem.store.store import Store
-store = Store(Path(sys.argv[1]))
-with store.transaction("kim") as tx:
-    for number in range(int(sys.argv[2])):
-        tx.append("test.happened", "x", filler="x" * 4000)
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-@pytest.mark.parametrize("size", [1, 2000])
-def test_a_kill_in_the_middle_of_a_transaction_leaves_the_old_state(store, size):
-    """Also when SQLite has spilled pages of the unfinished transaction into its log already."""
-    with store.transaction("kim") as tx:
-        tx.append("test.began", "x")
-    before = contents(store)
-    ran = subprocess.run([sys.executable, "-c", KILLED, store.root, str(size)], check=False)
-    assert ran.returncode == -signal.SIGKILL
-    assert contents(store) == before
-    with closing(sqlite3.connect(store.database.path)) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    with store.transaction("kim") as tx:
-        assert tx.append("test.happened", "x").sequence == 2
-
-
 AUDITOR = """
 import os, sys
 from pathlib import Path
@@ -222,10 +136,10 @@ from sqlalchemy import func, select
 from meristem.errors import EnvironmentFailure
 from meristem.store.schema import events
 from meristem.store.store import Store
+store = Store(Path(sys.argv[1]))
 if os.getuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
-store = Store(Path(sys.argv[1]))
 try:
     store.database.check_schema()
     with store.database.read() as connection:

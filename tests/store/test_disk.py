@@ -15,8 +15,11 @@ import pytest
 from tests.store.values import mixed, tensor
 
 from meristem.errors import EnvironmentFailure
-from meristem.store import packs as room
-from meristem.store.packs import Blob, Packs, write_file_durably
+from meristem.store import files
+from meristem.store import local_packs as room
+from meristem.store.files import write_file_durably
+from meristem.store.local_packs import LocalPacks
+from meristem.store.pack_format import Blob
 
 FAULTS = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS]
 
@@ -31,7 +34,7 @@ def _fail(code):
 @pytest.mark.parametrize("code", FAULTS)
 @pytest.mark.parametrize("call", ["open", "write", "fsync", "replace"])
 def test_a_disk_that_refuses_leaves_nothing(tmp_path, monkeypatch, call, code):
-    packs = Packs(tmp_path / "packs")
+    packs = LocalPacks(tmp_path / "packs")
     packs.write([tensor(1.0)])
     before = sorted(packs.root.iterdir())
     if call == "open":
@@ -48,17 +51,17 @@ def test_a_disk_that_refuses_leaves_nothing(tmp_path, monkeypatch, call, code):
 
 
 def _half_written(code):
-    def write(path, header, blobs, progress):
-        path.write_bytes(header[:10])
+    def write(path, plan, progress):
+        path.write_bytes(plan.header[:10])
         raise OSError(code, os.strerror(code))
 
     return write
 
 
 def test_a_pack_whose_folder_will_not_sync_is_reported_and_written_again(tmp_path, monkeypatch):
-    packs = Packs(tmp_path)
+    packs = LocalPacks(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(room, "_sync_folder", _fail(errno.EIO))
+        patch.setattr(files, "sync_folder", _fail(errno.EIO))
         with pytest.raises(EnvironmentFailure):
             packs.write([tensor(1.0)])
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]  # whole, and named by nobody
@@ -70,22 +73,22 @@ def test_a_temporary_file_that_cannot_be_removed_does_not_hide_the_cause(tmp_pat
     monkeypatch.setattr(os, "fsync", _fail(errno.ENOSPC))
     monkeypatch.setattr(Path, "unlink", _fail(errno.EIO))
     with pytest.raises(EnvironmentFailure, match="No space left"):
-        Packs(tmp_path).write([tensor(1.0)])
+        LocalPacks(tmp_path).write([tensor(1.0)])
 
 
 def test_bytes_that_read_back_differently_are_never_visible(tmp_path, monkeypatch):
     """A disk (or memory) that alters bytes without saying so."""
     honest = room._write_synced
 
-    def lie(path, header, blobs, progress):
-        honest(path, header, blobs, progress)
+    def lie(path, plan, progress):
+        honest(path, plan, progress)
         with path.open("r+b") as file:
             file.seek(-1, os.SEEK_END)
             file.write(b"\xff")
 
     monkeypatch.setattr(room, "_write_synced", lie)
     with pytest.raises(EnvironmentFailure, match="read back"):
-        Packs(tmp_path).write([Blob.file(b"abc")])
+        LocalPacks(tmp_path).write([Blob.file(b"abc")])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -94,7 +97,7 @@ def test_an_interrupt_while_writing_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Packs(tmp_path).write([tensor(1.0)], stop)
+        LocalPacks(tmp_path).write([tensor(1.0)], stop)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,10 +105,11 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from meristem.errors import EnvironmentFailure
-from meristem.store.packs import Blob, Packs
+from meristem.store.local_packs import LocalPacks
+from meristem.store.pack_format import Blob
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 try:
-    Packs(Path(sys.argv[1])).write([Blob.file(bytes(30_000))])
+    LocalPacks(Path(sys.argv[1])).write([Blob.file(bytes(30_000))])
 except EnvironmentFailure as error:
     print(error)
 """
@@ -137,8 +141,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, code):
 WRITER = """
 import sys
 from pathlib import Path
-from meristem.store.packs import Blob, Packs
-Packs(Path(sys.argv[1]) / "packs").write([Blob.file(b"hello")])
+from meristem.store.local_packs import LocalPacks
+from meristem.store.pack_format import Blob
+LocalPacks(Path(sys.argv[1]) / "packs").write([Blob.file(b"hello")])
 """
 
 
@@ -183,7 +188,7 @@ def _patched(folder, monkeypatch):
     monkeypatch.setattr(
         Path, "mkdir", lambda self, **o: (steps.append(_step("mkdir", self)), mkdir(self, **o))
     )
-    Packs(folder / "packs").write([Blob.file(b"hello")])
+    LocalPacks(folder / "packs").write([Blob.file(b"hello")])
     return steps
 
 

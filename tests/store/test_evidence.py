@@ -26,7 +26,7 @@ def log(store):
 
 def problems(store):
     with store.database.read() as connection:
-        return [(sequence, problem) for sequence, _, problem in evidence.check_chain(connection) if problem]
+        return [(link.sequence, link.problem) for link in evidence.check_chain(connection) if link.problem]
 
 
 def stored(store):
@@ -97,8 +97,8 @@ def test_every_byte_of_every_event_counts(log):
             for at in range(len(row.body)):
                 body = row.body[:at] + bytes([row.body[at] ^ 1]) + row.body[at + 1 :]
                 connection.execute(where.values(body=body))
-                bad = [sequence for sequence, _, problem in evidence.check_chain(connection) if problem]
-                assert bad == [row.sequence], at
+                links = list(evidence.check_chain(connection))
+                assert [link.sequence for link in links if link.problem] == [row.sequence], at
             connection.execute(where.values(body=row.body))
     assert problems(log) == []
 
@@ -112,7 +112,7 @@ def test_every_column_of_an_event_is_checked(log, column):
 def test_a_deleted_event_is_one_problem(log):
     with log.database.write() as connection:
         connection.execute(delete(events).where(events.c.sequence == 3))
-    assert problems(log) == [(4, "expected event 3 here")]
+    assert problems(log) == [(3, "missing; the next one in the log is event 4")]
 
 
 def test_a_deleted_event_shows_even_when_the_rest_is_renumbered(log):
@@ -133,7 +133,25 @@ def test_exchanged_events_are_found(log):
 def test_an_inserted_event_is_found(log):
     fields = json.loads(stored(log)[2].body) | {"sequence": 7, "subject": "sha256:x"}
     insert(log, 7, canonical(fields))
-    assert problems(log) == [(7, "the chain is broken: it does not follow the event before it")]
+    ((sequence, problem),) = problems(log)
+    assert sequence == 7 and "does not follow event 6" in problem
+
+
+def test_two_events_that_do_not_fit_may_both_be_the_altered_one(log):
+    """Whoever alters event 3 with its hash leaves event 4 as the first that does not follow."""
+    body = canonical(json.loads(stored(log)[2].body) | {"actor": "eve"})
+    change(log, 3, body=body, hash=digest_bytes(body))
+    with log.database.read() as connection:
+        (broken,) = [link for link in evidence.check_chain(connection) if link.problem]
+    assert (broken.sequence, broken.first) == (4, 3)
+
+
+def test_the_newest_events(log):
+    with log.database.read() as connection:
+        assert [event.sequence for event in evidence.newest(connection, 2)] == [5, 6]
+        assert len(evidence.newest(connection, 100)) == 6
+        assert evidence.hash_at(connection, 6) == evidence.head(connection)[1]
+        assert evidence.hash_at(connection, 7) is None
 
 
 @pytest.mark.parametrize(

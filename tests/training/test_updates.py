@@ -238,7 +238,7 @@ def test_events_hold_no_text_of_libraries(released, copy, monkeypatch):
             raise error
 
         with monkeypatch.context() as patched, pytest.raises(type(error)):
-            patched.setattr(updates, "_train", fails)
+            patched.setattr(updates, "train", fails)
             ws.update("support", data=["b"], recipe={"seed": len(reason)})
         told = list(ws.events())[-1]
         assert told.kind in ("update.failed", "update.interrupted") and told.reason == reason
@@ -290,7 +290,7 @@ def test_an_inconclusive_candidate_is_judged_again_on_a_larger_suite_without_tra
     def trained(*_):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(updates, "_train", trained)
+    monkeypatch.setattr(updates, "train", trained)
     again = ws.update("support", data=["b"])
     assert (again.id, again.version.digest) == (first.id, first.version.digest)
     decision = ws.propose(again.version)

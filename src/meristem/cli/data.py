@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from meristem.cli.options import JSON, opened, show, table
+from meristem.errors import BadInput
+
+if TYPE_CHECKING:
+    from meristem.ecosystem.deletion import Deletion
+    from meristem.store.evidence import Event
 
 app = typer.Typer(name="data", help="Training data sets (JSON Lines).", no_args_is_help=True)
 
@@ -25,9 +31,21 @@ def add(name: str, file: Annotated[Path, typer.Option(help="JSON Lines.")], as_j
 def list_(as_json: JSON = False) -> None:
     """Data sets and their versions."""
     with opened() as ws:
-        rows = [{"data": e.label, "digest": e.digest, **e.record.facts} for e in ws.data()]
-        cells = [(r["data"], r["rows"], r["shape"], ", ".join(r["tasks"])) for r in rows]
-        show(as_json, rows, table("data", ("data", "rows", "shape", "tasks"), cells))
+        gone = ws.given_up("dataset")
+        rows = [
+            {
+                "data": e.label,
+                "digest": e.digest,
+                **e.record.facts,
+                "given_up": gone[e.digest].sequence if e.digest in gone else None,
+            }
+            for e in ws.data()
+        ]
+        cells = [
+            (r["data"], r["rows"], r["shape"], ", ".join(r["tasks"]), _note(gone.get(r["digest"])))
+            for r in rows
+        ]
+        show(as_json, rows, table("data", ("data", "rows", "shape", "tasks", ""), cells))
 
 
 @app.command("show")
@@ -35,4 +53,37 @@ def show_(name: str, as_json: JSON = False) -> None:
     """One data set: rows, shape, tasks, digests."""
     with opened() as ws:
         entry = ws.asset("dataset", name)
+        ws.refuse_given_up(entry)
         show(as_json, {"data": entry.label, "digest": entry.digest, **entry.record.document()})
+
+
+@app.command("delete")
+def delete(
+    name: Annotated[str, typer.Argument(metavar="NAME[@vN]")],
+    reason: Annotated[str, typer.Option(help="Why; it is recorded for ever.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Really: the rows cannot be brought back.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """Delete a data set (all its versions, or one) for good: on a privacy request."""
+    with opened() as ws:
+        entry = ws.asset("dataset", name)
+        if not yes:
+            what = entry.label if name != entry.name else f"every version of {name}"
+            raise BadInput(f"this deletes {what} for good; repeat with --yes")
+        found = ws.delete_data(name, reason)
+        show(as_json, asdict(found), "\n".join(_lines(found)))
+
+
+def _lines(found: Deletion) -> list[str]:
+    lines = [f"{e['label']} deleted (event {e['event']}, {e['digest']})" for e in found.data]
+    lines += [f"{e['label']} deleted: it held rows (event {e['event']})" for e in found.states]
+    if found.versions:
+        labels = ", ".join(e["label"] for e in found.versions)
+        lines.append(
+            f"trained on it, and kept: {labels}; retrain without it what must not have learned from it"
+        )
+    return lines + [f"kept: {line}" for line in found.kept]
+
+
+def _note(event: Event | None) -> str:
+    return f"{event.kind.partition('.')[2]} by event {event.sequence}" if event else ""

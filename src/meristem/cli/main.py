@@ -17,11 +17,14 @@ def build() -> typer.Typer:
     import typer
 
     from meristem.cli import (
+        alias,
         catalogue,
         data,
         demo,
+        doctor,
         eval_,
         init,
+        key,
         log,
         loop,
         method,
@@ -30,6 +33,7 @@ def build() -> typer.Typer:
         release,
         report,
         signal,
+        store,
         suite,
         update,
     )
@@ -47,7 +51,23 @@ def build() -> typer.Typer:
     app.callback()(globals_)
     app.command("init")(init.init)
     app.command("demo")(demo.demo)
-    for noun in (model, data, suite, signal, plan, update, eval_, release, loop, log, method):
+    app.command("doctor")(doctor.doctor)
+    for noun in (
+        model,
+        alias,
+        data,
+        suite,
+        signal,
+        plan,
+        update,
+        eval_,
+        release,
+        loop,
+        log,
+        key,
+        method,
+        store,
+    ):
         noun.app.rich_markup_mode = None
         app.add_typer(noun.app)
     app.command("report")(report.report)

@@ -33,14 +33,29 @@ def add(
         show(as_json, _about(ws, made), f"{made.label} is the champion of {name} ({made.digest})")
 
 
+@app.command("commit")
+def commit(
+    name: str,
+    source: Annotated[Path, typer.Option(help="A Hugging Face or PEFT folder.")],
+    reason: Annotated[str, typer.Option(help="Why; it stands in the evidence.")] = "",
+    as_json: JSON = False,
+) -> None:
+    """Add weights made elsewhere as successor of the champion; they become the challenger."""
+    with opened() as ws:
+        made = ws.commit(name, source, reason)
+        show(as_json, _about(ws, made), f"{made.label} is the challenger of {name} ({made.digest})")
+
+
 @app.command("list")
 def list_(as_json: JSON = False) -> None:
     """Models with their champions."""
     with opened() as ws:
         rows = []
         for model in ws.models():
-            pointers = {a.name: ws.version(f"{model.name}@{a.name}").label for a in ws.aliases(model.name)}
-            rows.append({**model.document(), "versions": len(ws.versions(model.name)), "aliases": pointers})
+            found = ws.aliases(model.name)
+            labels = ws.labels(alias.version for alias in found)
+            pointers = {alias.name: labels[alias.version] for alias in found}
+            rows.append({**model.document(), "versions": ws.version_count(model.name), "aliases": pointers})
         cells = [
             (
                 r["name"],
@@ -63,10 +78,14 @@ def show_(reference: Annotated[str, typer.Argument(metavar="REF")], as_json: JSO
 
 
 @app.command("lineage")
-def lineage(name: str, as_json: JSON = False) -> None:
-    """Every version of a model with what it came from."""
+def lineage(
+    name: str,
+    last: Annotated[int, typer.Option(help="How many of the newest versions; 0 for all.")] = 30,
+    as_json: JSON = False,
+) -> None:
+    """The versions of a model with what each came from."""
     with opened() as ws:
-        rows = [_about(ws, version) for version in ws.versions(name)]
+        rows = [_about(ws, version) for version in ws.versions(name, last or None)]
         cells = [
             (
                 r["version"],
@@ -106,9 +125,56 @@ def checkout(
         show(as_json, place, str(note))
 
 
+@app.command("push")
+def push(
+    reference: Annotated[str, typer.Argument(metavar="REF")],
+    to: Annotated[str, typer.Option(help="An empty folder, or a URL such as s3://bucket/prefix.")],
+    as_json: JSON = False,
+) -> None:
+    """Write a version as a bundle: its documents, bytes and evidence, for another workspace."""
+    with opened() as ws:
+        made = ws.push(reference, to)
+        about = {
+            "version": made.version.label,
+            "digest": made.version.digest,
+            "bundle": made.digest,
+            "place": to,
+            "documents": made.documents,
+            "packs": made.packs,
+            "written": made.written,
+        }
+        note = f"lies in {to}" if made.written else f"lay in {to} already; nothing was written"
+        show(as_json, about, f"{made.version.label} ({made.version.digest}) {note}\nbundle {made.digest}")
+
+
+@app.command("pull")
+def pull(
+    where: Annotated[
+        str, typer.Argument(metavar="WHERE", help="A folder, or a URL such as s3://bucket/prefix.")
+    ],
+    as_json: JSON = False,
+) -> None:
+    """Take in a version from a bundle; every byte is checked before anything is written."""
+    with opened() as ws:
+        got = ws.pull(where)
+        aliases = [a.name for a in ws.aliases(got.version.model) if a.version == got.version.digest]
+        about = {
+            "version": got.version.label,
+            "digest": got.version.digest,
+            "bundle": got.bundle,
+            "from": got.label,
+            "aliases": aliases,
+            "added": got.added,
+            "changed": got.changed,
+        }
+        where_it_stands = f", {in_words(aliases)} of {got.version.model}" if aliases else ""
+        note = where_it_stands if got.added else (" was here; evidence added" if got.changed else " was here")
+        show(as_json, about, f"{got.version.label}{note} ({got.version.digest})")
+
+
 def _about(ws: Workspace, version: VersionEntry) -> dict[str, Any]:
-    names = {v.digest: v.label for model in ws.models() for v in ws.versions(model.name)}
     record = version.record
+    names = ws.labels([*record.parents, *([record.base] if record.base else [])])
     return {
         "version": version.label,
         "digest": version.digest,

@@ -72,6 +72,13 @@ def opened() -> Iterator[Workspace]:
             ws.close()
 
 
+def migrated() -> tuple[str, str]:
+    """Lead the workspace that the options name to this schema; returns the revisions ``(from, to)``."""
+    from meristem.workspace import Workspace
+
+    return Workspace.migrate(_folder(), actor=_given.actor)
+
+
 def _folder() -> Path:
     if _given.workspace is not None:
         return _given.workspace

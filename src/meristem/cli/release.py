@@ -69,11 +69,15 @@ def rollback(
 
 
 @app.command("history")
-def history(model: str, as_json: JSON = False) -> None:
+def history(
+    model: str,
+    last: Annotated[int, typer.Option(help="How many of the newest; 0 for all.")] = 30,
+    as_json: JSON = False,
+) -> None:
     """Promotions and rollbacks of a model, oldest first."""
     with opened() as ws:
-        names = {v.digest: v.label for v in ws.versions(model)}
-        rows = [{"id": e.id, **e.record.document()} for e in ws.history(model)]
+        rows = [{"id": e.id, **e.record.document()} for e in ws.history(model, last or None)]
+        names = ws.labels(row[key] for row in rows for key in ("previous", "version"))
         cells = [
             (r["id"], r["kind"], names[r["previous"]], names[r["version"]], r["revision"], r["reason"])
             for r in rows
@@ -90,7 +94,7 @@ def _released(ws: Workspace, entry: Any, as_json: bool) -> None:
 
 def _show(ws: Workspace, decision: DecisionResult, as_json: bool) -> None:
     record = decision.record
-    names = {v.digest: v.label for v in ws.versions(record.model)}
+    names = ws.labels([record.version, record.champion])
     lines = [
         f"{decision.id}: {names[record.version]} against {names[record.champion]}: {record.outcome.upper()}"
     ]

@@ -44,6 +44,37 @@ def resume(name: Annotated[str, typer.Argument(metavar="ID")], as_json: JSON = F
         _show(ws.resume(name), as_json)
 
 
+@app.command("close")
+def close(
+    name: Annotated[str, typer.Argument(metavar="ID")],
+    reason: Annotated[str, typer.Option(help="Why it is given up.")] = "",
+    as_json: JSON = False,
+) -> None:
+    """Give up an update that is not done; its checkpoints go."""
+    with opened() as ws:
+        entry = ws.close_update(name, reason)
+        show(as_json, {"id": entry.id, "status": entry.status}, f"{entry.id} is {entry.status}")
+
+
+@app.command("reproduce")
+def reproduce(
+    reference: Annotated[str, typer.Argument(metavar="REF", help="update-3, or a version that one made")],
+    as_json: JSON = False,
+) -> None:
+    """Execute an update again and compare every bit. Exit 0 when equal, 1 with the first difference."""
+    from meristem.training.reproduce import in_words
+
+    with opened() as ws:
+        found = ws.reproduce(reference)
+        label = ws.labels([found.version])[found.version]
+        told = f"{reference}: bit-equal to {label}"
+        if found.difference:
+            told = f"{reference} differs from {label}: {in_words(found.difference)}"
+        show(as_json, found.document(), told)
+        if not found.equal:
+            raise typer.Exit(1)
+
+
 @app.command("show")
 def show_(name: Annotated[str, typer.Argument(metavar="ID")], as_json: JSON = False) -> None:
     """One update: manifest, cost, training curve."""

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from meristem.ecosystem import versions
 from meristem.errors import MeristemError
-from meristem.store.store import Store
+from meristem.store.local_packs import LocalPacks
+from meristem.store.store import PACKS_FOLDER, Store
 from meristem.workspace import STORE_FOLDER, Workspace
 
 MODEL = "support"
@@ -55,7 +56,7 @@ def _flip_weight(store: Path) -> None:
         champion = versions.content_of(connection, versions.resolve(connection, f"{MODEL}@champion").content)
     location = opened.location(min(champion.tensors.values()))
     opened.database.close()
-    with opened.packs.path(location.pack).open("r+b") as pack:
+    with LocalPacks(store / PACKS_FOLDER).path(location.pack).open("r+b") as pack:
         pack.seek(location.offset + location.length // 2)
         byte = pack.read(1)[0]
         pack.seek(-1, 1)

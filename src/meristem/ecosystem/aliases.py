@@ -1,14 +1,19 @@
-"""Aliases: named pointers of a model, moved by compare-and-swap, with full history."""
+"""Aliases: named pointers of a model, moved by compare-and-swap, with full history.
+
+A protected alias is moved by the actors it names and by nobody else, not even through a decision that passed.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, Row, delete, insert, select, update
 
+from meristem.ecosystem import retirement
 from meristem.errors import BadInput, StateMoved
-from meristem.store.schema import alias_moves, aliases, versions
+from meristem.store.evidence import Event
+from meristem.store.schema import alias_actors, alias_moves, aliases, events, models, versions
 from meristem.store.store import Transaction
 
 CHAMPION = "champion"
@@ -31,6 +36,9 @@ class Move:
     version: str
     previous: str | None
     event: int
+    actor: str
+    time: str
+    reason: str
 
 
 def read(connection: Connection, model: str, name: str) -> Alias | None:
@@ -55,9 +63,10 @@ def move(tx: Transaction, model: str, name: str, to: str, expected_revision: int
     """Point ``model@name`` at version ``to`` if its revision still is ``expected_revision`` (0: a new alias).
 
     Raises ``StateMoved`` with what happened when somebody else moved it first, ``BadInput`` when ``to`` is no
-    version of the model.
+    version of the model or was given up, or the alias is protected from ``tx.actor``.
     """
     _check(tx.connection, model, name, to)
+    check_actor(tx.connection, model, name, tx.actor)
     found = read(tx.connection, model, name)
     revision = found.revision if found else 0
     if revision != expected_revision:
@@ -86,15 +95,80 @@ def move(tx: Transaction, model: str, name: str, to: str, expected_revision: int
     return Alias(model, name, to, revision + 1)
 
 
-def history(connection: Connection, model: str, name: str) -> list[Move]:
+def point(tx: Transaction, model: str, name: str, to: str) -> Alias:
+    """Point ``model@name`` at ``to``, wherever it is now; nothing is written when it is there already."""
+    found = read(tx.connection, model, name)
+    if found and found.version == to:
+        return found
+    return move(tx, model, name, to, found.revision if found else 0)
+
+
+def protect(tx: Transaction, model: str, name: str, actors: list[str]) -> None:
+    """Let ``actors`` alone move ``model@name`` from here on; an empty list lets everybody.
+
+    Raises ``BadInput`` when it is protected already and ``tx.actor`` is not among those who may move it, or would
+    not be afterwards (nobody locks themselves out by mistake).
+    """
+    _check_name(name)
+    check_actor(tx.connection, model, name, tx.actor)
+    actors = sorted(set(actors))
+    if actors and tx.actor not in actors:
+        raise BadInput(
+            f"name yourself ({tx.actor}) among the actors of {model}@{name}, or let one of them do it"
+        )
+    if actors == protectors(tx.connection, model, name):
+        return
+    document = tx.connection.execute(select(models.c.document).where(models.c.name == model)).scalar_one()
+    where = (alias_actors.c.model == model) & (alias_actors.c.alias == name)
+    tx.connection.execute(delete(alias_actors).where(where))
+    for actor in actors:
+        tx.connection.execute(insert(alias_actors).values(model=model, alias=name, actor=actor))
+    tx.append("alias.protected", document, model=model, alias=name, actors=actors)
+
+
+def protectors(connection: Connection, model: str, name: str) -> list[str]:
+    """Who alone may move ``model@name``; empty for an alias that is not protected."""
+    where = (alias_actors.c.model == model) & (alias_actors.c.alias == name)
+    return list(connection.scalars(select(alias_actors.c.actor).where(where).order_by(alias_actors.c.actor)))
+
+
+def check_actor(connection: Connection, model: str, name: str, actor: str) -> None:
+    """Raises ``BadInput`` unless ``actor`` may move ``model@name``."""
+    allowed = protectors(connection, model, name)
+    if allowed and actor not in allowed:
+        raise BadInput(
+            f"{model}@{name} is protected: {', '.join(allowed)} may move it, {actor} may not; ask one of them"
+        )
+
+
+def history(connection: Connection, model: str, name: str, last: int | None = None) -> list[Move]:
+    """The moves of an alias with who made them, when and why, oldest first; ``last``: so many of the newest."""
     where = (alias_moves.c.model == model) & (alias_moves.c.alias == name)
-    query = select(alias_moves).where(where).order_by(alias_moves.c.revision)
-    return [Move(row.revision, row.version, row.previous, row.event) for row in connection.execute(query)]
+    query = select(alias_moves, events.c.body).join(events, events.c.sequence == alias_moves.c.event)
+    rows = connection.execute(query.where(where).order_by(alias_moves.c.revision.desc()).limit(last)).all()
+    return [_made(row, Event.from_body(row.body)) for row in reversed(rows)]
+
+
+def _made(row: Row, event: Event) -> Move:
+    return Move(row.revision, row.version, row.previous, row.event, event.actor, event.time, event.reason)
+
+
+def was_at(connection: Connection, model: str, name: str, version: str) -> bool:
+    """Whether ``model@name`` ever pointed at ``version``."""
+    where = (
+        (alias_moves.c.model == model) & (alias_moves.c.alias == name) & (alias_moves.c.version == version)
+    )
+    return connection.execute(select(alias_moves.c.revision).where(where).limit(1)).first() is not None
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise BadInput(f"alias '{name}': use lower-case letters, digits, '_' and '-', and not v1, v2, ...")
 
 
 def _check(connection: Connection, model: str, name: str, to: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise BadInput(f"alias '{name}': use lower-case letters, digits, '_' and '-', and not v1, v2, ...")
+    _check_name(name)
+    retirement.refuse(connection, to)
     if connection.scalar(select(versions.c.model).where(versions.c.digest == to)) != model:
         raise BadInput(f"{to} is not a version of model {model}; an alias points only at its own model's")
 
@@ -107,8 +181,9 @@ def _moved(connection: Connection, model: str, name: str, expected_revision: int
 
 
 def _at(connection: Connection, model: str, name: str, revision: int) -> str:
-    moves = [m for m in history(connection, model, name) if m.revision == revision]
-    return _label(connection, moves[0].version if moves else None)
+    where = (alias_moves.c.model == model) & (alias_moves.c.alias == name)
+    query = select(alias_moves.c.version).where(where & (alias_moves.c.revision == revision))
+    return _label(connection, connection.scalar(query))
 
 
 def _label(connection: Connection, digest: str | None) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, func, insert, select
 
+from meristem.ecosystem import retirement
 from meristem.ecosystem.records import Asset
 from meristem.errors import BadInput
 from meristem.store.canonical import PREFIX
@@ -29,10 +30,14 @@ class AssetEntry:
 
 
 def add(tx: Transaction, record: Asset) -> AssetEntry:
-    """Add an asset as the next version of ``(kind, name)``; the same content again is the same asset."""
+    """Add an asset as the next version of ``(kind, name)``; the same content again is the same asset.
+
+    Raises ``BadInput`` for one that was deleted on a request.
+    """
     digest = tx.add_document(record.document())
     found = tx.connection.execute(select(table).where(table.c.digest == digest)).first()
     if found:
+        retirement.restore(tx, "asset", digest)
         return AssetEntry(digest, found.kind, found.name, found.number, record)
     where = (table.c.kind == record.kind) & (table.c.name == record.name)
     number = (tx.connection.scalar(select(func.max(table.c.number)).where(where)) or 0) + 1

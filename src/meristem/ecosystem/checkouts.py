@@ -99,6 +99,7 @@ def _check_new(folder: Path) -> None:
 
 def _content(store: Store, digest: str) -> Content:
     with store.database.read() as connection:
+        versions.refuse_given_up(connection, digest)
         return versions.content_of(connection, digest)
 
 

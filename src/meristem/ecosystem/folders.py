@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 from meristem.ecosystem.records import Content
 from meristem.errors import BadInput, Tampered
-from meristem.store.canonical import digest_bytes, digest_tensor
-from meristem.store.packs import DTYPE_SIZE, Blob, Location, disk_failure, safetensors_entries
+from meristem.store.canonical import PREFIX, digest_bytes, tensor_hash
+from meristem.store.files import disk_failure, pieces
+from meristem.store.pack_format import DTYPE_SIZE, Blob, Entries, Location, encode_header, safetensors_entries
 from meristem.store.store import Store
+from meristem.store.threads import spread
 
 ADAPTER_CONFIG = "adapter_config.json"
 CONFIG = "config.json"
@@ -108,15 +110,31 @@ def _tensors(path: Path, wanted: set[str] | None, stack: ExitStack) -> dict[str,
     if lost := sorted((wanted or set()) - set(entries)):
         raise BadInput(f"{path}: {INDEX} promises tensor {lost[0]}, which is not here; copy the folder again")
     file = stack.enter_context(path.open("rb"))
-    mapped = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    view = memoryview(mapped)
-    stack.callback(view.release)
-    blobs = {}
-    for name, (dtype, shape, offset, length) in entries.items():
-        part = view[offset : offset + length]
-        stack.callback(part.release)
-        blobs[name] = Blob.tensor(dtype, shape, part)
-    return blobs
+    digests = _digests(file.fileno(), entries)
+    # Not closed here: an error on its way out may still hold a slice. The last one closes the map.
+    view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    return {
+        name: Blob(digests[name], view[offset : offset + length], dtype, shape)
+        for name, (dtype, shape, offset, length) in entries.items()
+    }
+
+
+def _digests(descriptor: int, entries: Entries) -> dict[str, str]:
+    """The digest of each tensor of an open safetensors file."""
+
+    def digest(name: str) -> str:
+        dtype, shape, offset, length = entries[name]
+        running = tensor_hash(dtype, shape)
+        # Read, not mapped: what is not stored again never counts as memory of this process.
+        for piece in pieces(descriptor, offset, length):
+            running.update(piece)
+            length -= len(piece)
+        if length:
+            raise OSError(errno.EIO, "it became shorter while it was read")
+        return PREFIX + running.hexdigest()
+
+    size = sum(length for *_, length in entries.values())
+    return dict(zip(entries, spread(digest, entries, size=size), strict=True))
 
 
 def _config_files(folder: Path) -> list[Path]:
@@ -183,27 +201,16 @@ def _with_base(body: bytes, base_folder: Path) -> bytes:
 
 def _write_weights(store: Store, content: Content, path: Path, progress: Progress | None) -> None:
     locations = store.locations(set(content.tensors.values()))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = done = 0
     # As safetensors' own writer: widest elements first, then by name, so that every tensor is aligned.
     order = sorted(content.tensors.items(), key=lambda item: (-_width(locations[item[1]]), item[0]))
-    for name, digest in order:
-        found = locations[digest]
-        header[name] = {
-            "dtype": found.dtype,
-            "shape": list(found.shape),
-            "data_offsets": [position, position + found.length],
-        }
-        position += found.length
-    body = json.dumps(header, separators=(",", ":")).encode()
-    body += b" " * (-len(body) % 8)
-    with path.open("wb") as file, ExitStack() as stack:
-        packs = {p: stack.enter_context(store.mapped(p)) for p in {x.pack for x in locations.values()}}
-        file.write(struct.pack("<Q", len(body)) + body)
-        for _, digest in order:
-            done += file.write(_checked(locations[digest], packs[locations[digest].pack]))
-            if progress:
-                progress(done, position)
+    header, starts = encode_header(
+        ((name, locations[digest].dtype or "", locations[digest].shape) for name, digest in order),
+        {"format": "pt"},
+    )
+    with path.open("wb", buffering=0) as file:
+        file.write(header)
+        places = ((locations[digest], start) for (_, digest), start in zip(order, starts, strict=True))
+        store.packs.copy(places, file.fileno(), progress)
 
 
 def _width(location: Location) -> int:
@@ -212,13 +219,6 @@ def _width(location: Location) -> int:
             f"blob {location.digest} is named as a tensor and stored as {location.dtype or 'a file'}"
         )
     return DTYPE_SIZE[location.dtype]
-
-
-def _checked(location: Location, pack: memoryview) -> memoryview:
-    part = pack[location.offset : location.offset + location.length]
-    if len(part) != location.length or not location.check(part):
-        raise Tampered(f"bytes of {location.digest} in pack {location.pack} do not match their digest")
-    return part
 
 
 def matches(content: Content, folder: Path, base_folder: Path | None = None) -> bool:
@@ -241,13 +241,6 @@ def _base_of(folder: Path) -> Any:
     return json.loads((folder / ADAPTER_CONFIG).read_bytes())["base_model_name_or_path"]
 
 
-def _tensors_match(content: Content, path: Path, entries: dict[str, Any]) -> bool:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        view = memoryview(mapped)
-        try:
-            return all(
-                digest_tensor(dtype, shape, bytes(view[offset : offset + length])) == content.tensors[name]
-                for name, (dtype, shape, offset, length) in entries.items()
-            )
-        finally:
-            view.release()
+def _tensors_match(content: Content, path: Path, entries: Entries) -> bool:
+    with path.open("rb") as file:
+        return _digests(file.fileno(), entries) == content.tensors

@@ -7,13 +7,25 @@ number, ``KIND.STATUS`` every later change.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, Row, func, insert, select, update
 
-from meristem.ecosystem.records import Approval, Decision, Plan, Record, Release, Signal, Update
+from meristem.ecosystem import retirement
+from meristem.ecosystem.records import (
+    Approval,
+    Decision,
+    Plan,
+    Record,
+    Release,
+    Signal,
+    Update,
+    references,
+)
 from meristem.errors import BadInput, StateMoved
+from meristem.store.database import stream
 from meristem.store.schema import records as table
 from meristem.store.store import Transaction, read_document
 
@@ -52,6 +64,8 @@ class Entry:
 
 
 def open_record(tx: Transaction, kind: str, record: Record, model: str, status: str = "open") -> Entry:
+    """Raises ``BadInput`` when ``record`` names a version or an asset whose bytes were given up."""
+    retirement.refuse(tx.connection, *sorted(references(record.document())[0]))
     digest = tx.add_document(record.document())
     newest = tx.connection.scalar(select(func.max(table.c.number)).where(table.c.kind == kind)) or 0
     number = newest + 1
@@ -109,8 +123,10 @@ def entries(
     status: str | None = None,
     number: int | None = None,
     digest: str | None = None,
+    last: int | None = None,
 ) -> list[Entry]:
-    query = select(table).where(table.c.kind == kind).order_by(table.c.number)
+    """Records of ``kind``, oldest first; with ``last``, only that many of the newest."""
+    query = select(table).where(table.c.kind == kind).order_by(table.c.number.desc())
     if model is not None:
         query = query.where(table.c.model == model)
     if status is not None:
@@ -119,15 +135,17 @@ def entries(
         query = query.where(table.c.number == number)
     if digest is not None:
         query = query.where(table.c.document == digest)
-    return [
-        Entry(
-            kind,
-            row.number,
-            row.model,
-            row.document,
-            row.status,
-            row.result,
-            KINDS[kind].from_document(read_document(connection, row.document)),
-        )
-        for row in connection.execute(query)
-    ]
+    rows = connection.execute(query if last is None else query.limit(last)).all()
+    return [_entry(connection, row) for row in reversed(rows)]
+
+
+def newest_first(connection: Connection, kind: str, model: str) -> Iterator[Entry]:
+    """Records of a model's line, for whoever looks for the newest of some sort and stops there."""
+    query = select(table).where((table.c.kind == kind) & (table.c.model == model))
+    for row in stream(connection, query.order_by(table.c.number.desc())):
+        yield _entry(connection, row)
+
+
+def _entry(connection: Connection, row: Row) -> Entry:
+    record = KINDS[row.kind].from_document(read_document(connection, row.document))
+    return Entry(row.kind, row.number, row.model, row.document, row.status, row.result, record)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 from sqlalchemy import Connection, insert, select
 
 from meristem._version import __version__
-from meristem.ecosystem import aliases, sources, versions
+from meristem.ecosystem import aliases, retirement, sources, versions
 from meristem.ecosystem.folders import ingest
 from meristem.ecosystem.records import Content, Model, Tier, Version
 from meristem.ecosystem.versions import VersionEntry
 from meristem.errors import BadInput
-from meristem.store.packs import Location
 from meristem.store.schema import models as table
-from meristem.store.store import Store, read_document
+from meristem.store.store import Store, Stored, read_document
 
 TIERS = ("foundation", "industrial", "application")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -52,13 +52,52 @@ def add(
         assert base_entry is not None
         with store.database.read() as connection:
             content = versions.content_of(connection, base_entry.content)
-        return _register(store, actor, reason, record, content, base_entry, [])
+        return _register(store, actor, reason, record, content, base_entry)
     if known is not None:
-        return _register(store, actor, reason, record, known, base_entry, [])
+        return _register(store, actor, reason, record, known, base_entry)
     base_content = _full_content(store, base_entry) if base_entry else None
     with sources.open_source(source) as folder, ingest(folder, base_content) as (content, blobs):
-        locations = store.put(blobs, progress)
-        return _register(store, actor, reason, record, content, base_entry, locations)
+        stored = store.put(blobs, progress)
+        return _register(store, actor, reason, record, content, base_entry, stored)
+
+
+def commit(
+    store: Store,
+    actor: str,
+    name: str,
+    source: str | Path,
+    reason: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> VersionEntry:
+    """Add weights that were made elsewhere (a Hugging Face or PEFT folder) as successor of the champion.
+
+    Only tensors that the store does not hold are written. The new version becomes the challenger: it is released like
+    any other, by a decision. The same folder again is the same version. Raises ``BadInput`` when nothing differs from
+    the champion.
+    """
+    with store.database.read() as connection:
+        get(connection, name)
+        aliases.check_actor(connection, name, aliases.CHALLENGER, actor)
+        parent = versions.by_digest(connection, aliases.champion(connection, name).version)
+    with ingest(Path(source), _full_content(store, parent)) as (content, blobs):
+        if content.digest == parent.content:
+            raise BadInput(f"{source}: these are the bytes of {parent.label}; there is nothing to commit")
+        stored = store.put(blobs, progress)
+        record = Version(
+            model=name,
+            content=content.digest,
+            base=parent.record.base,
+            parents=[parent.digest],
+            tasks=parent.record.tasks,
+            code={"meristem": __version__},
+        )
+        with store.transaction(
+            actor, reason or f"successor of {parent.label} from {Path(source).name}"
+        ) as tx:
+            tx.add_blobs(stored)
+            entry = versions.create(tx, content, record)
+            aliases.point(tx, name, aliases.CHALLENGER, entry.digest)
+    return entry
 
 
 def get(connection: Connection, name: str) -> Model:
@@ -102,7 +141,9 @@ def _check(store: Store, name: str, tier: str, source: str | None, base: str | N
                 f"base '{base}' is of tier {under.tier}: a model of tier {tier} stands on one of its own or a "
                 "wider tier (foundation, then industrial, then application)"
             )
-        return versions.resolve(connection, base)
+        found = versions.resolve(connection, base)
+        retirement.refuse(connection, found.digest)
+        return found
 
 
 def _same_source(store: Store, fingerprint: str) -> Content | None:
@@ -129,13 +170,13 @@ def _register(
     record: Model,
     content: Content,
     base: VersionEntry | None,
-    locations: list[Location],
+    stored: Stored = Stored(None),
 ) -> VersionEntry:
     tasks = base.record.tasks if base and record.source == sources.BASE else []
     with store.transaction(actor, reason) as tx:
         if tx.connection.scalar(select(table.c.name).where(table.c.name == record.name)):
             raise BadInput(f"model '{record.name}' exists already; choose another name")
-        tx.add_blobs(locations)
+        tx.add_blobs(stored)
         digest = tx.add_document(record.document())
         tx.connection.execute(
             insert(table).values(name=record.name, tier=record.tier, base=record.base, document=digest)

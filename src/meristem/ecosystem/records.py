@@ -181,6 +181,17 @@ class UpdateOutcome(Record):
     curve: list[dict[str, float]]
 
 
+class Reproduction(Record):
+    """What executing an update again gave: the bytes of its version, or the first difference from them."""
+
+    SCHEMA = "meristem/reproduction/v1"
+    DOCUMENTS = ("update", "version")
+    update: str
+    version: str
+    equal: bool
+    difference: dict[str, Any] | None
+
+
 class Evaluation(Record):
     """Scores of one content on one suite with one engine; the items lie in the file ``results``."""
 
@@ -242,9 +253,57 @@ class Release(Record):
     reason: str = Field(default="")
 
 
+class BundleImport(Record):
+    """A version that came out of a bundle, and what its workspace of origin had recorded about it.
+
+    ``bundle`` is the digest of ``bundle.json``, ``head`` the hash of the newest foreign event; the asset ``report``
+    keeps the manifest and the events as they came.
+    """
+
+    SCHEMA = "meristem/bundle-import/v1"
+    DOCUMENTS = ("version", "report")
+    bundle: str
+    version: str
+    report: str
+    evidence: str
+    head: str
+    sequence: int
+
+
+class Collection(Record):
+    """What a garbage collection took away: retired versions and assets by kind, and the bytes that became free."""
+
+    SCHEMA = "meristem/collection/v1"
+    retired: dict[str, int]
+    blobs: int
+    packs: int
+    repacked: int
+    leftovers: int
+    folders: int
+    bytes: int
+
+
 _RECORDS: dict[str, type[Record]] = {kind.SCHEMA: kind for kind in Record.__subclasses__()}
 # Settings that the configuration writes; they name nothing.
-_PLAIN = ("meristem/recipe/v1", "meristem/policy/v1")
+_PLAIN = ("meristem/recipe/v1", "meristem/policy/v1", "meristem/migration/v1", "meristem/key/v1")
+
+
+def parse_document(document: dict[str, Any]) -> Record | None:
+    """The record that a document is, None for plain settings.
+
+    Raises ``BadInput`` for a schema that this Meristem does not read and for a document that does not follow its own.
+    """
+    schema = document.get("schema")
+    if schema in _PLAIN:
+        return None
+    if schema not in _RECORDS:
+        raise BadInput(f"unknown document schema {schema}; use a Meristem that reads it")
+    return _RECORDS[schema].from_document(document)
+
+
+def blob_schemas() -> list[str]:
+    """The schemas whose documents name blobs."""
+    return [schema for schema, kind in _RECORDS.items() if kind.BLOBS]
 
 
 def references(document: dict[str, Any]) -> tuple[set[str], set[str]]:

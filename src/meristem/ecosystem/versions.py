@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, Row, func, insert, select
 
-from meristem.ecosystem import aliases
+from meristem.ecosystem import aliases, retirement
 from meristem.ecosystem.records import Content, Version
-from meristem.errors import BadInput
+from meristem.errors import BadInput, StateMoved
 from meristem.store.canonical import PREFIX
-from meristem.store.schema import models, versions
+from meristem.store.index import locate
+from meristem.store.schema import models, retired, versions
 from meristem.store.store import Transaction, read_document
+
+_LOOKUP = 500  # SQLite binds a limited number of variables per statement
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,11 @@ def create(tx: Transaction, content: Content, record: Version) -> VersionEntry:
         raise ValueError("the version names another content than the one given with it")
     digest = tx.add_document(record.document())
     found = tx.connection.execute(select(versions).where(versions.c.digest == digest)).first()
+    _refuse_lost(tx.connection, record.content)
     if found:
-        return _entry(tx.connection, found)
+        entry = _entry(tx.connection, found)
+        retirement.restore(tx, "version", entry.digest)
+        return entry
     number = _newest(tx.connection, record.model) + 1
     tx.connection.execute(
         insert(versions).values(digest=digest, model=record.model, number=number, content=record.content)
@@ -83,9 +89,25 @@ def by_digest(connection: Connection, digest: str) -> VersionEntry:
     return _entry(connection, row)
 
 
-def of_model(connection: Connection, model: str) -> list[VersionEntry]:
-    query = select(versions).where(versions.c.model == model).order_by(versions.c.number)
-    return [_entry(connection, row) for row in connection.execute(query)]
+def of_model(connection: Connection, model: str, last: int | None = None) -> list[VersionEntry]:
+    """The versions of a model, oldest first; with ``last``, only that many of the newest."""
+    query = select(versions).where(versions.c.model == model).order_by(versions.c.number.desc()).limit(last)
+    return [_entry(connection, row) for row in reversed(connection.execute(query).all())]
+
+
+def count(connection: Connection, model: str) -> int:
+    query = select(func.count()).select_from(versions).where(versions.c.model == model)
+    return connection.scalar(query) or 0
+
+
+def labels(connection: Connection, digests: Iterable[str]) -> dict[str, str]:
+    """``name@v3`` for those ``digests`` that are versions; no document is read."""
+    wanted, found = list(dict.fromkeys(digests)), {}
+    for start in range(0, len(wanted), _LOOKUP):
+        query = select(versions.c.digest, versions.c.model, versions.c.number)
+        for row in connection.execute(query.where(versions.c.digest.in_(wanted[start : start + _LOOKUP]))):
+            found[row.digest] = f"{row.model}@v{row.number}"
+    return found
 
 
 def content_of(connection: Connection, digest: str) -> Content:
@@ -103,6 +125,34 @@ def ancestors(connection: Connection, version: VersionEntry) -> Iterator[Version
         entry = by_digest(connection, digest)
         yield entry
         queue += entry.record.parents or ([entry.record.base] if entry.record.base else [])
+
+
+def refuse_given_up(connection: Connection, content: str) -> None:
+    """Raises ``BadInput`` naming the event when bytes of ``content`` went with the last version that had it."""
+    rows = connection.execute(select(versions).where(versions.c.content == content)).all()
+    gone = [row for row in rows if retirement.event_of(connection, row.digest)]
+    if gone and len(gone) == len(rows) and _lacks(connection, content):
+        retirement.refuse(connection, gone[-1].digest)
+
+
+def _lacks(connection: Connection, content: str) -> bool:
+    found = content_of(connection, content)
+    named = {*found.tensors.values(), *found.files.values()}
+    return bool(named - locate(connection, named).keys())
+
+
+def _refuse_lost(connection: Connection, content: str) -> None:
+    """Raises ``StateMoved`` when bytes of ``content`` were given up with an older version, and nobody stored them again.
+
+    Only such a content can lack bytes: those of a new one were stored for it.
+    """
+    digest: str | None = content
+    while digest:
+        same = select(versions.c.digest).join(retired, retired.c.digest == versions.c.digest)
+        lost = connection.execute(same.where(versions.c.content == digest).limit(1)).first()
+        if lost and _lacks(connection, digest):
+            raise StateMoved("the bytes of this version were given up meanwhile; repeat the command")
+        digest = content_of(connection, digest).base
 
 
 def _newest(connection: Connection, model: str) -> int:

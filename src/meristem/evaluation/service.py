@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row, insert, select
 
 from meristem._quiet import quiet_libraries
 from meristem.config import EvaluationSettings
-from meristem.ecosystem import checkouts
+from meristem.ecosystem import checkouts, retirement
 from meristem.ecosystem.assets import AssetEntry
 from meristem.ecosystem.records import Evaluation
 from meristem.ecosystem.versions import VersionEntry
@@ -116,7 +116,7 @@ class Evaluator:
         seconds: float,
     ) -> EvaluationEntry:
         body = Blob.file(canonical(results))
-        locations = self.store.put([body])
+        stored = self.store.put([body])
         record = Evaluation(
             content=key[0],
             suite=key[1],
@@ -130,7 +130,7 @@ class Evaluator:
             raced = _stored(tx.connection, key)
             if raced:  # another process computed the same meanwhile
                 return raced
-            tx.add_blobs(locations)
+            tx.add_blobs(stored)
             digest = tx.add_document(record.document())
             tx.connection.execute(
                 insert(table).values(
@@ -168,6 +168,9 @@ def _entry(connection: Connection, row: Row) -> EvaluationEntry:
 
 
 def load_suite_asset(store: Store, suite: AssetEntry) -> Suite:
+    """Raises ``BadInput`` for a suite that a retention rule gave up."""
+    with store.database.read() as connection:
+        retirement.refuse(connection, suite.digest)
     return Suite.from_document(parse(store.read_blob(suite.record.files[SUITE_FILE])))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection
 
 from meristem.config import ModelSettings
-from meristem.ecosystem import aliases, ledger, versions
+from meristem.ecosystem import aliases, ledger, retirement, versions
 from meristem.ecosystem.assets import AssetEntry
 from meristem.ecosystem.ledger import Entry
 from meristem.ecosystem.records import Approval, Criterion, Decision, GateResult, Outcome, Plan
@@ -103,6 +103,7 @@ def approvers(connection: Connection, decision: Entry) -> tuple[str, ...]:
 def _case(store: Store, settings: ModelSettings, version: VersionEntry, plan: Entry | None) -> _Case:
     with store.database.read() as connection:
         champion = aliases.champion(connection, version.model)
+        retirement.refuse(connection, version.digest)
         if champion.version == version.digest:
             raise BadInput(f"{version.label} is the champion already; there is nothing to decide")
         entry = versions.by_digest(connection, champion.version)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from sqlalchemy import Connection
 
-from meristem.ecosystem import aliases, ledger, versions
+from meristem.ecosystem import aliases, ledger, retirement, versions
 from meristem.ecosystem.ledger import Entry
 from meristem.ecosystem.records import Decision, Release
 from meristem.ecosystem.versions import VersionEntry
 from meristem.errors import BadInput, GateFailed, Inconclusive, Tampered
 from meristem.release.decisions import approvers
-from meristem.store.store import Store, locate
+from meristem.store.index import locate
+from meristem.store.store import Store
 
 
 def promote(store: Store, actor: str, decision: Entry, reason: str = "") -> Entry:
@@ -31,6 +32,7 @@ def promote(store: Store, actor: str, decision: Entry, reason: str = "") -> Entr
         if done := _release_of(connection, decision):
             return done
         _check_approvals(connection, decision)
+        aliases.check_actor(connection, record.model, aliases.CHAMPION, actor)
         check_bytes(store, connection, versions.by_digest(connection, record.version))
     with store.transaction(actor, reason or f"{decision.id} passed") as tx:
         if done := _release_of(tx.connection, decision):
@@ -56,14 +58,14 @@ def rollback(store: Store, actor: str, model: str, to: VersionEntry | None = Non
     moves the champion meanwhile.
     """
     with store.database.read() as connection:
+        aliases.check_actor(connection, model, aliases.CHAMPION, actor)
         champion = aliases.champion(connection, model)
-        moves = aliases.history(connection, model, aliases.CHAMPION)
         target = to.digest if to else _before(connection, model, champion.version)
         if target == champion.version:
             raise BadInput(
                 f"{to.label if to else model} is the champion already; there is nothing to roll back"
             )
-        if target not in {move.version for move in moves}:
+        if not aliases.was_at(connection, model, aliases.CHAMPION, target):
             raise BadInput(
                 f"{to.label if to else target} was never the champion of {model}; promote it with a decision"
             )
@@ -98,7 +100,9 @@ def _is_released(connection: Connection, plan: Entry, version: VersionEntry) -> 
 
 
 def check_bytes(store: Store, connection: Connection, version: VersionEntry) -> None:
-    """Raises ``Tampered`` unless every tensor and file of the version (its base's included) is intact."""
+    """Raises ``Tampered`` unless every tensor and file of the version (its base's included) is intact, ``BadInput``
+    when they were given up."""
+    retirement.refuse(connection, version.digest)
     digest: str | None = version.content
     while digest:
         content = versions.content_of(connection, digest)
@@ -115,7 +119,7 @@ def check_bytes(store: Store, connection: Connection, version: VersionEntry) -> 
 def _release_of(connection: Connection, decision: Entry) -> Entry | None:
     """The release that ``decision`` made, while the champion still is where it put it."""
     champion = aliases.champion(connection, decision.model)
-    for entry in ledger.entries(connection, "release", model=decision.model):
+    for entry in ledger.entries(connection, "release", model=decision.model, last=1):
         release = entry.as_(Release)
         if release.decision == decision.digest and release.revision == champion.revision:
             return entry
@@ -124,7 +128,7 @@ def _release_of(connection: Connection, decision: Entry) -> Entry | None:
 
 def _before(connection: Connection, model: str, champion: str) -> str:
     """The champion that the latest promotion of the present one replaced."""
-    for entry in reversed(ledger.entries(connection, "release", model=model)):
+    for entry in ledger.newest_first(connection, "release", model):
         release = entry.as_(Release)
         if release.kind == "promote" and release.version == champion:
             return release.previous

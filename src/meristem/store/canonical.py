@@ -38,10 +38,14 @@ def digest_tensor(dtype: str, shape: tuple[int, ...] | list[int], data: bytes | 
 
     The same values under another name, in another file or beside other tensors have the same digest.
     """
-    head = f"meristem/tensor/v1 {dtype} {','.join(map(str, shape))}\n".encode()
-    h = hashlib.sha256(head)
+    h = tensor_hash(dtype, shape)
     h.update(data)
     return PREFIX + h.hexdigest()
+
+
+def tensor_hash(dtype: str, shape: tuple[int, ...] | list[int]) -> hashlib._Hash:
+    """The hash behind ``digest_tensor``, waiting for the tensor's bytes (to be fed piece by piece)."""
+    return hashlib.sha256(f"meristem/tensor/v1 {dtype} {','.join(map(str, shape))}\n".encode())
 
 
 def short(digest: str) -> str:

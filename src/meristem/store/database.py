@@ -1,138 +1,160 @@
-"""The database connection: one writer at a time, durable on commit.
+"""The database behind a workspace: what every back end promises.
 
-SQLite in WAL mode with ``synchronous=FULL``; a write transaction takes the write lock at once
-(``BEGIN IMMEDIATE``), so what it reads cannot move before it commits. A workspace that may not be written (an
-auditor's read-only mount) is opened read-only: everything can be read and verified, and a write is refused.
+``SQLite`` (a file, the default) and ``PostgreSQL`` (a server, for teams) keep this contract; the suite that checks it
+ships as ``meristem.testing.database``.
 """
 
 from __future__ import annotations
 
-import os
-import sqlite3
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
-from sqlalchemy import Connection, create_engine, event, insert, inspect, select
-from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
+from sqlalchemy import Connection, Engine, Executable, Row, insert, inspect, select
+from sqlalchemy.exc import SQLAlchemyError
 
 from meristem.errors import BadInput, EnvironmentFailure, StateMoved
-from meristem.store.schema import SCHEMA_VERSION, metadata, settings
+from meristem.store import evidence, migrations
+from meristem.store.canonical import canonical, digest_bytes
+from meristem.store.schema import REVISION, documents, metadata, schema_revision, settings
 
-BUSY_SECONDS = 30
-WRITABLE = "mode=rwc"
+FIRST = "0001"  # the first release wrote no Alembic revision, but this setting
+_FIRST_SETTING = ("schema_version", "1")
+MIGRATION_SCHEMA = "meristem/migration/v1"
+_AT_ONCE = 1000
 
 
-class Database:
-    def __init__(self, path: Path):
-        self.path = path
-        self.engine = create_engine(f"sqlite:///{path}", creator=lambda: _connect(path))
-        event.listen(self.engine, "begin", _begin)
+class Database(ABC):
+    """Tables behind transactions. One workspace is one database; many processes and machines may share it.
+
+    - A **write** transaction is alone: what it reads cannot move before it commits. It is committed whole or not at
+      all, and durable (on the disk of the server, through its caches) when the ``with`` block has been left.
+    - A **read** transaction sees one snapshot from its first statement on, and keeps no writer waiting.
+    - Failures are ``StateMoved`` (somebody else holds the lock: repeat) or ``EnvironmentFailure`` (disk, network,
+      permission), in one line, and leave nothing half-written. When the connection breaks during a commit nobody can
+      say whether it happened: the message says so, and every command may be repeated.
+    - Numbers are whole up to 2**63 - 1 in every ``Big`` column, bytes come back as they went in, text sorts by its
+      code points.
+    """
+
+    name: str  # for people; holds no password
+    engine: Engine
+    busy_seconds = 30.0  # how long a writer waits for another one
+
+    @abstractmethod
+    def write(self) -> AbstractContextManager[Connection]:
+        """A write transaction: committed at the end of the block, rolled back on any exception.
+
+        Raises ``StateMoved`` when another writer held the lock for too long, ``EnvironmentFailure`` when the disk, the
+        network or the permissions refuse.
+        """
+
+    @abstractmethod
+    def read(self) -> AbstractContextManager[Connection]:
+        """A read transaction. Raises ``EnvironmentFailure`` when the database cannot be reached or read."""
+
+    @abstractmethod
+    def now(self, connection: Connection) -> float:
+        """Seconds since 1970 (UTC), by one clock for all that share the database: leases end by it."""
+
+    @abstractmethod
+    def problems(self) -> list[str]:
+        """What the back end itself finds damaged in its files; one line each."""
+
+    @abstractmethod
+    def _ready(self) -> None:
+        """Raises ``EnvironmentFailure`` unless tables can be made."""
 
     def create(self) -> None:
         """Make the tables of a new workspace. Raises ``StateMoved`` when there are some already."""
+        self._ready()
         try:
-            with self.write() as connection:
+            with self._making() as connection:
+                if inspect(connection).has_table(settings.name):
+                    raise StateMoved(f"{self.name}: another process made this workspace; open it")
                 metadata.create_all(connection)
-                connection.execute(insert(settings).values(key="schema_version", value=str(SCHEMA_VERSION)))
-        except IntegrityError as error:
-            raise StateMoved(f"{self.path}: another process made this workspace; open it") from error
+                connection.execute(insert(schema_revision).values(version_num=REVISION))
+        except SQLAlchemyError as error:
+            raise StateMoved(f"{self.name}: another process makes this workspace; open it") from error
+
+    @abstractmethod
+    def _making(self) -> AbstractContextManager[Connection]:
+        """A write transaction before there are tables."""
 
     def exists(self) -> bool:
         """Whether ``create`` has run to its end."""
-        if not self.path.exists():
-            return False
         with self.read() as connection:
             return inspect(connection).has_table(settings.name)
 
-    def check_schema(self) -> None:
-        """Raises ``BadInput`` unless this Meristem reads the database's schema."""
+    def revision(self) -> str:
+        """The schema revision found. Raises ``EnvironmentFailure`` where there are no tables of a workspace."""
         if not self.exists():
-            raise EnvironmentFailure(
-                f"{self.path}: not a workspace's database; restore the file from a backup"
-            )
+            raise EnvironmentFailure(f"{self.name}: not a workspace's database; restore it from a backup")
         with self.read() as connection:
-            found = connection.scalar(select(settings.c.value).where(settings.c.key == "schema_version"))
-        if found != str(SCHEMA_VERSION):
+            return _revision(connection)
+
+    def check_schema(self) -> None:
+        """Raises ``BadInput`` unless this Meristem reads the database's schema, saying what leads there."""
+        found = self.revision()
+        if found == REVISION:
+            return
+        if found < REVISION and found.isdecimal():
             raise BadInput(
-                f"{self.path}: workspace schema {found}, this Meristem reads {SCHEMA_VERSION}; use a matching release"
+                f"{self.name}: workspace schema {found}, this Meristem reads {REVISION}; back the store up, then run "
+                "`meristem store migrate`"
             )
+        raise BadInput(
+            f"{self.name}: workspace schema {found}, this Meristem reads {REVISION}; use a matching release"
+        )
 
-    @contextmanager
-    def write(self) -> Iterator[Connection]:
-        """A write transaction: committed on success, rolled back on any exception.
+    def migrate(self, actor: str) -> tuple[str, str]:
+        """Lead an older schema to this one in one transaction, and record it; returns ``(from, to)``.
 
-        Raises ``StateMoved`` when another writer held the lock for too long, ``EnvironmentFailure`` when the
-        disk refuses.
+        Raises ``BadInput`` for a schema that this Meristem does not know.
         """
-        if _mode(self.path) != WRITABLE:  # SQLite would begin, and refuse only the first change
-            raise EnvironmentFailure(
-                f"{self.path}: no permission to write; check the owner and mode of the workspace"
-            )
-        with _translated(self.path), self.engine.connect() as connection:
-            connection = connection.execution_options(write=True)
-            with connection.begin():
-                yield connection
-
-    @contextmanager
-    def read(self) -> Iterator[Connection]:
-        """A read transaction: one consistent snapshot."""
-        with _translated(self.path), self.engine.connect() as connection, connection.begin():
-            yield connection
+        if self.revision() == REVISION:
+            return REVISION, REVISION
+        with self.write() as connection:
+            found = _revision(connection)  # by now
+            if found != REVISION:
+                if found > REVISION or not found.isdecimal():
+                    raise BadInput(
+                        f"{self.name}: workspace schema {found}, this Meristem knows up to {REVISION}; use a newer one"
+                    )
+                migrations.upgrade(connection, found, REVISION)
+                body = canonical({"schema": MIGRATION_SCHEMA, "from": found, "to": REVISION})
+                digest = digest_bytes(body)
+                connection.execute(
+                    insert(documents).values(digest=digest, schema=MIGRATION_SCHEMA, body=body)
+                )
+                reason = f"schema {found} led to {REVISION}"
+                evidence.append(
+                    connection, kind="store.migrated", subject=digest, actor=actor, reason=reason, data={}
+                )
+            return found, REVISION
 
     def close(self) -> None:
         self.engine.dispose()
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    mode = _mode(path)
-    connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?{mode}",
-        uri=True,
-        timeout=BUSY_SECONDS,
-        isolation_level=None,  # transactions are begun by _begin, not by the driver
-        check_same_thread=False,  # the engine's pool hands a connection to one thread at a time
-    )
-    if mode == WRITABLE:
-        connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA foreign_keys=ON")
-    return connection
+def _revision(connection: Connection) -> str:
+    if inspect(connection).has_table(schema_revision.name):
+        return str(connection.scalar(select(schema_revision.c.version_num)))
+    key, first = _FIRST_SETTING
+    found = connection.scalar(select(settings.c.value).where(settings.c.key == key))
+    return FIRST if found == first else f"{found}?"
 
 
-def _mode(path: Path) -> str:
-    """How the file may be opened.
-
-    Even to read, SQLite wants a ``-shm`` file beside a database in WAL mode. In a folder that lets it make none the
-    database is taken as immutable, unless a log with content says that it is not whole by itself.
-    """
-    folder = os.access(path.parent, os.W_OK)
-    if folder and (not path.exists() or os.access(path, os.W_OK)):
-        return WRITABLE
-    log = path.with_name(f"{path.name}-wal")
-    if folder or (log.exists() and log.stat().st_size > 0):
-        return "mode=ro"
-    return "mode=ro&immutable=1"
-
-
-def _begin(connection: Connection) -> None:
-    write = connection.get_execution_options().get("write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+def stream(connection: Connection, query: Executable) -> Iterator[Row[Any]]:
+    """The rows of ``query``, fetched by the thousand: memory stays flat however many there are."""
+    yield from connection.execute(query, execution_options={"yield_per": _AT_ONCE})
 
 
 @contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """Turn the driver's errors into ours: one line, the right exit code."""
-    try:
-        yield
-    except OperationalError as error:
-        cause = str(error.orig)
-        if "locked" in cause or "busy" in cause:
-            raise StateMoved(f"{path}: another process is writing; try again") from error
-        raise EnvironmentFailure(
-            f"{path}: {cause}; check space and permissions, then repeat the command"
-        ) from error
-    except DBAPIError as error:
-        if "malformed" in str(error.orig) or "not a database" in str(error.orig):
-            raise EnvironmentFailure(f"{path}: {error.orig}; restore the file from a backup") from error
-        raise
+def begun(engine: Engine, *, write: bool) -> Iterator[Connection]:
+    """A transaction on a connection whose ``write`` option tells the back end's begin hook what is wanted."""
+    with engine.connect() as connection:
+        connection = connection.execution_options(write=write)
+        with connection.begin():
+            yield connection

@@ -7,7 +7,7 @@ An event is one canonical JSON object; its stored bytes are what is hashed, colu
      "subject": "sha256:...", "reason": "...", "data": {...}}
 
 Events hold digests, names and numbers, never training text. The chain alone does not notice a cut tail or a
-complete recompute: keep the head (``log show --head``) outside the workspace to catch those.
+complete recompute: ``checkpoints`` signs its head and keeps that outside the workspace.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, LargeBinary, cast, insert, select
 
@@ -26,6 +26,7 @@ from meristem.store.schema import events
 
 SCHEMA = "meristem/event/v1"
 GENESIS = PREFIX + "0" * 64
+_AT_ONCE = 1000  # rows fetched at once: memory stays flat however long the log is
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,16 @@ def head(connection: Connection) -> tuple[int, str]:
     return (row.sequence, row.hash) if row else (0, GENESIS)
 
 
+def newest(connection: Connection, count: int) -> list[Event]:
+    """The last ``count`` events, oldest first."""
+    bodies = connection.scalars(select(events.c.body).order_by(events.c.sequence.desc()).limit(count)).all()
+    return [Event.from_body(body) for body in reversed(bodies)]
+
+
+def hash_at(connection: Connection, sequence: int) -> str | None:
+    return connection.scalar(select(events.c.hash).where(events.c.sequence == sequence))
+
+
 def append(
     connection: Connection, *, kind: str, subject: str, actor: str, reason: str, data: dict[str, Any]
 ) -> Event:
@@ -86,29 +97,54 @@ def read(connection: Connection, *, after: int = 0, kind: str | None = None) -> 
     query = select(events.c.body).where(events.c.sequence > after).order_by(events.c.sequence)
     if kind is not None:
         query = query.where(events.c.kind == kind)
-    for row in connection.execute(query):
+    for row in connection.execute(query.execution_options(yield_per=_AT_ONCE)):
         yield Event.from_body(row.body)
 
 
-def check_chain(connection: Connection) -> Iterator[tuple[int, Event | None, str | None]]:
-    """Walk the chain: yields ``(sequence, event, problem)``; ``problem`` is None for a good event."""
-    previous, expected = GENESIS, 1
+class Link(NamedTuple):
+    """One place in the chain. ``problem`` is None for a good event, ``event`` for one that cannot be read.
+
+    ``first`` is the first event that may be to blame: two that do not fit together look the same, whichever of
+    them was altered.
+    """
+
+    sequence: int
+    event: Event | None
+    problem: str | None
+    first: int
+
+
+def check_chain(connection: Connection) -> Iterator[Link]:
+    """Walk the chain, one ``Link`` per event; a gap is one more, however many events are missing there."""
+    previous: str | None = GENESIS
+    expected = 1
     columns = (events.c.sequence, events.c.hash, events.c.kind, events.c.subject)
     stored = cast(events.c.body, LargeBinary).label("body")  # whatever type somebody gave it
-    for row in connection.execute(select(*columns, stored).order_by(events.c.sequence)):
-        event, problem = None, None
+    query = select(*columns, stored).order_by(events.c.sequence)
+    for row in connection.execute(query.execution_options(yield_per=_AT_ONCE)):
+        sequence, hash_, kind, subject, body = row
+        if sequence > expected:
+            yield Link(expected, None, f"missing; the next one in the log is event {sequence}", expected)
+            previous = None  # whatever it was
         try:
-            event = Event.from_body(row.body)
+            event = Event.from_body(body)
         except (ValueError, TypeError, RecursionError, Tampered) as error:
-            problem = f"the event cannot be read ({error})"
-        if event is not None:
-            if digest_bytes(row.body) != row.hash:
-                problem = "the event's bytes do not match its hash"
-            elif (event.sequence, row.sequence) != (expected, expected):
-                problem = f"expected event {expected} here"
-            elif event.previous != previous:
-                problem = "the chain is broken: it does not follow the event before it"
-            elif (event.kind, event.subject) != (row.kind, row.subject):
-                problem = "the event's index columns do not match its bytes"
-        yield row.sequence, event, problem
-        previous, expected = row.hash, row.sequence + 1  # a gap is one problem, not one per later event
+            yield Link(sequence, None, f"the event cannot be read ({error})", sequence)
+        else:
+            yield _link(event, (sequence, hash_, kind, subject), expected, previous)
+        previous, expected = hash_, max(sequence, expected) + 1
+
+
+def _link(event: Event, row: tuple[int, str, str, str], expected: int, previous: str | None) -> Link:
+    """How ``event``, kept in ``row``, fits behind the event with the hash ``previous`` (None: it is not known)."""
+    sequence, hash_, kind, subject = row
+    if event.hash != hash_:
+        return Link(sequence, event, "the event's bytes do not match its hash", sequence)
+    if event.sequence != sequence or sequence < expected:
+        return Link(sequence, event, f"it says that it is event {event.sequence}", sequence)
+    if previous is not None and event.previous != previous:
+        problem = f"the chain is broken: it does not follow event {sequence - 1}; one of the two was altered"
+        return Link(sequence, event, problem, max(1, sequence - 1))
+    if (event.kind, event.subject) != (kind, subject):
+        return Link(sequence, event, "the event's index columns do not match its bytes", sequence)
+    return Link(sequence, event, None, sequence)

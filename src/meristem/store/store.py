@@ -2,62 +2,130 @@
 
 Whoever changes the workspace does it here::
 
-    locations = store.put(blobs)                    # durable before anything names them
+    stored = store.put(blobs)                       # durable and leased before anything names them
     with store.transaction("kim", "why") as tx:     # evidence, documents and indexes: all or nothing
-        tx.add_blobs(locations)
+        tx.add_blobs(stored)
         digest = tx.add_document(document)
         tx.append("version.created", digest)
 """
 
 from __future__ import annotations
 
-import json
-import mmap
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, insert, select
 
-from meristem.errors import BadInput, Tampered
-from meristem.store import evidence
+from meristem.errors import BadInput, EnvironmentFailure, StateMoved, Tampered
+from meristem.store import evidence, index, leases
 from meristem.store.canonical import canonical, digest_bytes, parse
 from meristem.store.database import Database
-from meristem.store.packs import Blob, Location, Packs, disk_failure
-from meristem.store.schema import blobs as blob_table
+from meristem.store.index import locate
+from meristem.store.packs import Blob, Location, Packs, packs_at
 from meristem.store.schema import documents
+from meristem.store.sqlite import SQLite
 
-_LOOKUP = 500  # SQLite binds a limited number of variables per statement
+Progress = Callable[[int, int], None]
+DATABASE_FILE = "meristem.db"
+PACKS_FOLDER = "packs"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What ``put`` made durable: the new ``locations``, and the lease on these and on all that was there before."""
+
+    lease: str | None
+    locations: tuple[Location, ...] = ()
 
 
 class Store:
-    def __init__(self, root: Path):
-        self.root = Path(root)
-        self.packs = Packs(self.root / "packs")
-        self.database = Database(self.root / "meristem.db")
+    """``root`` is this machine's folder; ``database`` and ``packs`` are URLs of what a team shares."""
 
-    def put(
-        self, blobs: Iterable[Blob], progress: Callable[[int, int], None] | None = None
-    ) -> list[Location]:
-        """Write those blobs that the store does not hold yet as one pack; returns the new locations."""
+    def __init__(self, root: Path, database: str | None = None, packs: str | None = None):
+        self.root = Path(root)
+        self.packs: Packs = packs_at(packs or self.root / PACKS_FOLDER)
+        self.database = _database(database, self.root / DATABASE_FILE)
+        self.lease_seconds = leases.SECONDS
+
+    def put(self, blobs: Iterable[Blob], progress: Progress | None = None) -> Stored:
+        """Write those blobs that the store does not hold yet as one pack, and lease all of them.
+
+        The lease ends with the transaction that gets the result (``Transaction.add_blobs``). Not to be called inside
+        a transaction, which would wait for itself. Raises ``EnvironmentFailure`` when the disk refuses.
+        """
         unique: dict[str, Blob] = {}
         for blob in blobs:
             _refuse_disguise(blob, unique.setdefault(blob.digest, blob))
-        with self.database.read() as connection:
+        if not unique:
+            return Stored(None)
+        with self.database.write() as connection:
             known = locate(connection, unique)
-        for digest, location in known.items():
-            _refuse_disguise(unique[digest], location)
-        return self.packs.write((b for d, b in unique.items() if d not in known), progress)
+            for digest, location in known.items():
+                _refuse_disguise(unique[digest], location)
+            new = [blob for digest, blob in unique.items() if digest not in known]
+            names = [*unique, *([self.packs.name_of(new)] if new else [])]
+            lease = leases.take(connection, names, self.database.now(connection) + self.lease_seconds)
+        try:
+            with self.renewed(lease):
+                return Stored(lease, tuple(self.packs.write(new, progress)))
+        except BaseException:
+            with suppress(EnvironmentFailure, StateMoved), self.database.write() as connection:
+                leases.end(connection, lease)
+            raise
+
+    @contextmanager
+    def renewed(self, lease: str) -> Iterator[None]:
+        """Keep ``lease`` alive while bytes are written, which may take longer than a lease.
+
+        From a thread, because an upload's last parts and the reading back report no progress. A process that is
+        suspended renews nothing.
+        """
+        done = threading.Event()
+
+        def renew() -> None:
+            while not done.wait(self.lease_seconds / 3):
+                with suppress(EnvironmentFailure, StateMoved), self.database.write() as connection:
+                    now = self.database.now(connection)
+                    leases.renew(connection, lease, now, now + self.lease_seconds)
+
+        thread = threading.Thread(target=renew, name="lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     @contextmanager
     def transaction(self, actor: str, reason: str = "") -> Iterator[Transaction]:
         with self.database.write() as connection:
-            yield Transaction(connection, actor, reason)
+            yield Transaction(connection, actor, reason, self.database)
 
     def read_blob(self, digest: str) -> bytes:
         """A blob's bytes, checked. Raises ``BadInput`` if unknown, ``Tampered`` if they do not match."""
-        return self.packs.read(self.location(digest))
+        location = self.location(digest)
+        try:
+            return self.packs.read(location)
+        except Tampered:
+            moved = self.location(digest)  # by a repacking, since the look-up
+            if moved == location:
+                raise
+            return self.packs.read(moved)
+
+    def views(self, digests: Iterable[str]) -> Iterator[tuple[Location, memoryview]]:
+        """Checked bytes of blobs, in the order asked; see ``Packs.views``."""
+        digests = list(digests)
+        found = self.locations(set(digests))
+        yield from self.packs.views([found[digest] for digest in digests])
+
+    def rebuild_index(self, progress: Progress | None = None) -> tuple[int, int]:
+        """Make the index of blobs again from the packs alone; returns the numbers of packs and blobs."""
+        with self.database.write() as connection:
+            return index.rebuild(connection, self.packs, progress)
 
     def location(self, digest: str) -> Location:
         return self.locations([digest])[digest]
@@ -71,20 +139,6 @@ class Store:
             raise BadInput(f"the store holds no blob {missing[0]}")
         return found
 
-    @contextmanager
-    def mapped(self, pack: str) -> Iterator[memoryview]:
-        """A pack's bytes as a read-only memory map."""
-        path = self.packs.path(pack)
-        try:
-            with path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (FileNotFoundError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-            raise Tampered(f"{path}: the pack is missing or empty") from error
-        except OSError as error:
-            raise disk_failure(error, path) from error
-        # Not closed here: an exception on its way out may still hold a slice. The last one closes the map.
-        yield memoryview(mapped)
-
     def document(self, digest: str) -> dict[str, Any]:
         with self.database.read() as connection:
             return read_document(connection, digest)
@@ -93,26 +147,19 @@ class Store:
 class Transaction:
     """What one atomic change of the workspace may do. ``connection`` reaches the index tables."""
 
-    def __init__(self, connection: Connection, actor: str, reason: str):
-        self.connection, self.actor, self.reason = connection, actor, reason
+    def __init__(self, connection: Connection, actor: str, reason: str, database: Database):
+        self.connection, self.actor, self.reason, self._database = connection, actor, reason, database
 
-    def add_blobs(self, locations: Iterable[Location]) -> None:
-        unique = {location.digest: location for location in locations}
-        known = locate(self.connection, unique)
-        rows = [
-            {
-                "digest": location.digest,
-                "pack": location.pack,
-                "offset": location.offset,
-                "length": location.length,
-                "dtype": location.dtype,
-                "shape": json.dumps(location.shape),
-            }
-            for location in unique.values()
-            if location.digest not in known
-        ]
-        if rows:
-            self.connection.execute(insert(blob_table), rows)
+    def add_blobs(self, stored: Stored) -> None:
+        """Index what ``put`` stored, and end its lease: a document of this transaction names it from here on.
+
+        Raises ``StateMoved`` when the lease has run out.
+        """
+        if stored.lease is None:
+            return
+        leases.check(self.connection, stored.lease, self._database.now(self.connection))
+        index.add(self.connection, stored.locations)
+        leases.end(self.connection, stored.lease)
 
     def add_document(self, document: dict[str, Any]) -> str:
         """Store a JSON document with a ``schema`` id; the same document twice is stored once."""
@@ -131,6 +178,14 @@ class Transaction:
         return evidence.append(
             self.connection, kind=kind, subject=subject, actor=self.actor, reason=reason, data=data
         )
+
+
+def _database(url: str | None, file: Path) -> Database:
+    if url is None:
+        return SQLite(file)
+    from meristem.store.postgresql import PostgreSQL  # its driver is an extra
+
+    return PostgreSQL(url)
 
 
 def _canonical(document: Any) -> bytes:
@@ -156,25 +211,3 @@ def read_document(connection: Connection, digest: str) -> dict[str, Any]:
         raise Tampered(f"document {digest} does not match its digest")
     found: dict[str, Any] = parse(body)
     return found
-
-
-def locate(connection: Connection, digests: Iterable[str]) -> dict[str, Location]:
-    """The locations of those digests that the store holds."""
-    digests = list(digests)
-    found = {}
-    for start in range(0, len(digests), _LOOKUP):
-        query = select(blob_table).where(blob_table.c.digest.in_(digests[start : start + _LOOKUP]))
-        for row in connection.execute(query):
-            found[row.digest] = location_of(row)
-    return found
-
-
-def location_of(row: Any) -> Location:
-    """A row of the index. Raises ``Tampered`` when it cannot be a place in a pack."""
-    try:
-        shape = tuple(json.loads(row.shape))
-    except (TypeError, ValueError) as error:
-        raise Tampered(f"blob {row.digest}: its row in the index is damaged") from error
-    if not all(type(number) is int and number >= 0 for number in (row.offset, row.length, *shape)):
-        raise Tampered(f"blob {row.digest}: its row in the index is damaged")
-    return Location(row.digest, row.pack, row.offset, row.length, row.dtype, shape)

@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from sqlalchemy import Connection
 from meristem._quiet import quiet_libraries
 from meristem.config import Recipe
 from meristem.data.datasets import by_task, load_rows
-from meristem.ecosystem import aliases, assets, checkouts, ledger, versions
+from meristem.ecosystem import aliases, assets, checkouts, ledger, retirement, versions
 from meristem.ecosystem.folders import ingest
 from meristem.ecosystem.ledger import Entry
-from meristem.ecosystem.records import Asset, Update, UpdateOutcome, Version
+from meristem.ecosystem.records import Asset, Update, UpdateOutcome, Version, references
 from meristem.ecosystem.versions import VersionEntry
 from meristem.errors import (
     BadInput,
@@ -63,21 +63,27 @@ class Trained:
 
 
 def open_update(store: Store, actor: str, *, parent: VersionEntry, data: list[str], recipe: Recipe) -> Entry:
-    """The update with exactly these inputs, finished or not, or a new one. Nothing is trained yet."""
+    """The update with exactly these inputs, finished or not, or a new one. Nothing is trained yet.
+
+    A method state of ``parent`` that was given up (it held rows of a deleted data set) is not gone on with.
+    """
+    state = parent.record.assets.get("method-state")
+    with store.database.read() as connection:
+        lost = state is not None and retirement.event_of(connection, state) is not None
     update = Update(
         model=parent.model,
         parent=parent.digest,
         data=data,
         recipe=digest_document(recipe.document()),
-        method_state=parent.record.assets.get("method-state"),
+        method_state=None if lost else state,
         code=code_versions(),
     )
     with store.transaction(
         actor, f"update {parent.label} with {', '.join(recipe_methods(recipe)) or 'no method'}"
     ) as tx:
-        for entry in ledger.entries(tx.connection, "update", model=parent.model):
-            if entry.digest == update.digest:
-                return entry
+        aliases.check_actor(tx.connection, parent.model, aliases.CHALLENGER, actor)
+        if found := ledger.entries(tx.connection, "update", digest=update.digest):
+            return found[-1]
         facts = {"document": tx.add_document(recipe.document())}
         assets.add(tx, Asset(kind="recipe", name=parent.model, files={}, facts=facts))
         return ledger.open_record(tx, "update", update, parent.model)
@@ -97,10 +103,12 @@ def run(store: Store, actor: str, entry: Entry, progress: Progress | None = None
                 outcome = UpdateOutcome.from_document(read_document(connection, entry.result))
                 shutil.rmtree(folder, ignore_errors=True)  # killed between its commit and this line
                 return versions.by_digest(connection, outcome.version)
+            aliases.check_actor(connection, entry.model, aliases.CHALLENGER, actor)
         _refuse_other_code(entry)
+        entry = _opened(store, actor, entry)
         try:
             with disk_errors(folder):
-                trained = _train(store, entry.as_(Update), folder, progress)
+                trained = train(store, entry.as_(Update), folder, progress)
         except BaseException as error:
             _note_stop(store, actor, entry, error)
             raise
@@ -109,20 +117,57 @@ def run(store: Store, actor: str, entry: Entry, progress: Progress | None = None
         return created
 
 
+def _opened(store: Store, actor: str, entry: Entry) -> Entry:
+    """``entry`` as an open update again, if it was closed. Raises ``BadInput`` when its inputs were given up."""
+    inputs = sorted(references(entry.record.document())[0])
+    if entry.status != "closed":
+        with store.database.read() as connection:
+            retirement.refuse(connection, *inputs)
+        return entry
+    with store.transaction(actor, f"{entry.id} taken up again") as tx:
+        retirement.refuse(tx.connection, *inputs)
+        ledger.set_status(tx, entry, "open")
+    return replace(entry, status="open")
+
+
+def close(store: Store, actor: str, entry: Entry, reason: str) -> None:
+    """Give up an update that is not done; its checkpoints go. Running it again opens it again.
+
+    Raises ``BadInput`` for one that is done, ``StateMoved`` while a process runs it.
+    """
+    entry.as_(Update)
+    with _locked(store, entry) as folder:
+        with store.transaction(actor, reason or f"{entry.id} given up") as tx:
+            now = ledger.find(tx.connection, entry.id)
+            if now.status == "done":
+                raise BadInput(f"{entry.id} is done; only one that is not can be closed")
+            if now.status != "closed":
+                ledger.set_status(tx, entry, "closed")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _refuse_other_code(entry: Entry) -> None:
     """A resumed run with other libraries would end in weights that its record does not describe."""
-    begun, here = entry.as_(Update).code, code_versions()
-    changed = [
-        f"{name} {begun.get(name)} (now {here[name]})" for name in here if begun.get(name) != here[name]
-    ]
-    if changed:
+    if changed := other_code(entry.as_(Update)):
         raise BadInput(
             f"{entry.id} was begun with {', '.join(changed)}: install that again, or start it as a new update "
             "with `meristem update run`"
         )
 
 
-def _train(store: Store, update: Update, folder: Path, progress: Progress | None) -> Trained:
+def other_code(update: Update) -> list[str]:
+    """What computes differently here than where ``update`` was opened: ``torch 2.8 (now 2.9)``."""
+    begun, here = update.code, code_versions()
+    return [f"{name} {begun.get(name)} (now {here[name]})" for name in here if begun.get(name) != here[name]]
+
+
+def train(
+    store: Store, update: Update, folder: Path, progress: Progress | None, stopping: str = _STOPPING
+) -> Trained:
+    """Do what the manifest ``update`` says, with checkpoints in ``folder``; nothing is committed.
+
+    ``stopping`` is told on Ctrl-C, when the step under way is finished before ``Interrupted`` is raised.
+    """
     from meristem.training import cit
     from meristem.training.continual import newest_complete_checkpoint
     from meristem.training.reporting import ProgressCallback, method_progress
@@ -133,7 +178,7 @@ def _train(store: Store, update: Update, folder: Path, progress: Progress | None
     here = checkouts.cached(store, parent.content)
     with (
         Stopwatch(folder / "seconds.json") as watch,
-        Interruption(_STOPPING) as interruption,
+        Interruption(stopping) as interruption,
         quiet_libraries(),
     ):
         callback = ProgressCallback(progress, interruption, watch.note)
@@ -176,11 +221,12 @@ def _inputs(store: Store, update: Update) -> tuple[Recipe, list[dict[str, Any]],
     recipe = Recipe.from_document(store.document(update.recipe))
     rows = [row for digest in update.data for row in load_rows(store, _asset(store, digest).files)]
     with store.database.read() as connection:
+        gone = retirement.all_given_up(connection)  # what was deleted is replayed no more
         earlier = history_data(connection, versions.by_digest(connection, update.parent))
     learned = set(by_task(rows))
     history: dict[str, list[dict[str, Any]]] = {}
     for digest in earlier:
-        if digest in update.data:
+        if digest in update.data or digest in gone:
             continue
         for task, old in by_task(load_rows(store, _asset(store, digest).files)).items():
             if task not in learned:
@@ -205,11 +251,10 @@ def _commit(store: Store, actor: str, entry: Entry, trained: Trained) -> Version
     update = entry.as_(Update)
     with store.database.read() as connection:
         parent = versions.by_digest(connection, update.parent)
-        base = versions.content_of(connection, parent.content).base or parent.content
     tasks = {t for digest in update.data for t in _asset(store, digest).facts["tasks"]}
-    with ingest(trained.adapter, base) as (content, blobs):
+    with ingest(trained.adapter, base_content(store, update)) as (content, blobs):
         state, state_blobs = method_states.encode(update.model, trained.states)
-        locations = store.put([*blobs, *state_blobs])
+        stored = store.put([*blobs, *state_blobs])
         record = Version(
             model=update.model,
             content=content.digest,
@@ -222,7 +267,7 @@ def _commit(store: Store, actor: str, entry: Entry, trained: Trained) -> Version
             code=update.code,
         )
         with store.transaction(actor, f"{entry.id} trained {parent.label}") as tx:
-            tx.add_blobs(locations)
+            tx.add_blobs(stored)
             if trained.states:
                 assets.add(tx, state)
             created = versions.create(tx, content, record)
@@ -234,11 +279,18 @@ def _commit(store: Store, actor: str, entry: Entry, trained: Trained) -> Version
                 seconds=round(trained.seconds, 3),
                 curve=trained.curve,
             )
+            if ledger.find(tx.connection, entry.id).status == "done":  # on another machine of the team
+                raise StateMoved(f"{entry.id} was finished by somebody else meanwhile; look at its version")
             ledger.set_status(tx, entry, "done", tx.add_document(outcome.document()))
-            challenger = aliases.read(tx.connection, update.model, aliases.CHALLENGER)
-            revision = challenger.revision if challenger else 0
-            aliases.move(tx, update.model, aliases.CHALLENGER, created.digest, revision)
+            aliases.point(tx, update.model, aliases.CHALLENGER, created.digest)
     return created
+
+
+def base_content(store: Store, update: Update) -> str:
+    """The digest of the full weights that the adapter of ``update`` sits on."""
+    with store.database.read() as connection:
+        parent = versions.by_digest(connection, update.parent)
+        return versions.content_of(connection, parent.content).base or parent.content
 
 
 def _note_stop(store: Store, actor: str, entry: Entry, error: BaseException) -> None:
