@@ -14,8 +14,11 @@ import struct
 import sys
 import tarfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from tests.crash import checks
 
@@ -100,8 +103,8 @@ def _decided(folder: Path) -> None:
     """The update is committed, and a decision on its version passed."""
     _company(folder)
     ws = Workspace.open(folder / "ws", actor="kim")
-    _trained_already(folder)
-    made = ws.resume("update-1").made
+    with _prepared_training(folder):
+        made = ws.resume("update-1").made
     assert made is not None
     with ws.store.transaction("kim", "judged") as tx:
         decision = Decision(
@@ -133,14 +136,15 @@ def _wasted(folder: Path) -> None:
     (folder / "ws/meristem.yaml").write_text("schema: meristem/workspace/v1\nretention: {adapter: 0}\n")
     ws = Workspace.open(folder / "ws", actor="kim")
     parent = ws.version("support")
-    _trained_already(folder)
-    ws.resume("update-1")
+    with _prepared_training(folder):
+        ws.resume("update-1")
     _weights(folder / "files/adapter/adapter_model.safetensors", {"lora_A": b"z" * 8, "lora_B": b"b" * 64})
     with ws.store.transaction("kim", "another update") as tx:
         recipe = tx.add_document({**Recipe().document(), "seed": 2})
         first = ws.record("update-1").as_(Update)
         ledger.open_record(tx, "update", first.model_copy(update={"recipe": recipe}), parent.model)
-    ws.resume("update-2")  # the challenger moves on: nothing points at what update-1 made
+    with _prepared_training(folder):
+        ws.resume("update-2")  # the challenger moves on: nothing points at what update-1 made
     ws.store.put([Blob.file(b"nothing names this")])
     ws.close()
     checks.expire_leases(folder / "ws")
@@ -158,6 +162,11 @@ def _first_schema(folder: Path) -> None:
 
 
 def _trained_already(folder: Path) -> None:
+    """For a process of its own, to its end."""
+    _prepared_training(folder).__enter__()
+
+
+def _prepared_training(folder: Path) -> AbstractContextManager[Any]:
     """``meristem update resume`` goes straight to its commit: training hands over a prepared adapter."""
     from meristem.training import updates
 
@@ -169,8 +178,9 @@ def _trained_already(folder: Path) -> None:
         seconds=1.0,
         curve=[],
     )
-    updates.train = lambda *_args, **_options: trained
-    updates._refuse_other_code = lambda _entry: None
+    return mock.patch.multiple(
+        updates, train=lambda *_args, **_options: trained, _refuse_other_code=lambda _entry: None
+    )
 
 
 def _model(folder: Path, tensors: dict[str, bytes]) -> None:
