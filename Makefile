@@ -12,7 +12,10 @@ test: $(INSTALLED) lint  ## everything that CI checks
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 sweep: $(INSTALLED)  ## the long form of what CI checks shortly; result files in benchmarks/
-	$(BIN)/python -m benchmarks.sweep
+	$(BIN)/python -m benchmarks.kill_sweep
+	$(BIN)/python -m benchmarks.races
+	$(BIN)/python -m benchmarks.machine_sweep
+	$(BIN)/python -m benchmarks.tamper_sweep
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
 """Eight processes judge against one champion and promote at the same moment; one wins, whatever the back end.
 
-    python -m benchmarks.races --rounds 200 [--store postgresql://user@host/empty-database]
+    python -m benchmarks.races
+
+On SQLite and on a PostgreSQL that it starts. Exit code 1 unless every round had exactly one winner.
 
 In every round each process records a passed decision on a version of its own against the champion that stands there,
 waits for the others, and promotes. Counted: rounds with exactly one winner, losers that were told `StateMoved`, and
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import struct
 import sys
 import tempfile
@@ -20,6 +23,8 @@ from collections import Counter
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
+
+from tests.servers import postgresql_server
 
 from meristem.ecosystem import aliases, audit, ledger, versions
 from meristem.ecosystem.records import Content, Decision, Model, Version
@@ -127,19 +132,32 @@ def _decide(store: Store, actor: str, version: int) -> ledger.Entry:
         return ledger.open_record(tx, "decision", decision, MODEL, status="pass")
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--store", help="an empty PostgreSQL database; default: SQLite in a temporary folder")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/sweep-races.json")
+    given = parser.parse_args()
+    with postgresql_server() as server:
+        os.environ.update(server.environ)
+        told = [_fresh(url, given.processes, given.rounds) for url in (None, server.database())]
+    given.out.write_text(json.dumps(told, indent=2) + "\n")
+    print(json.dumps(told, indent=2))
+    sys.exit(
+        any(
+            one["rounds with one winner"] != one["rounds"] or one["problems found by log verify"]
+            for one in told
+        )
+    )
+
+
+def _fresh(url: str | None, processes: int, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(folder), given.store)
+        store = Store(Path(folder), url)
         store.database.create()
         store.database.close()
-        return race((folder, given.store), given.processes, given.rounds)
+        return race((folder, url), processes, rounds)
 
 
 if __name__ == "__main__":
-    json.dump(main(), sys.stdout, indent=2)
-    print()
+    main()

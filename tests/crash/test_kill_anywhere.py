@@ -1,4 +1,4 @@
-"""Kill anywhere, short: an even sample of points per operation. All of them: ``python -m benchmarks.sweep``."""
+"""Kill anywhere, short: an even sample of points per operation. All of them: ``python -m benchmarks.kill_sweep``."""
 
 from __future__ import annotations
 

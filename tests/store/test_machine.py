@@ -20,17 +20,17 @@ SHORT = settings(
 )
 
 
-def machine(database):
-    """``database()``: the URL of an empty database, or None for SQLite."""
+def machine(place):
+    """``place()``: URLs of an empty database and an empty place for packs; None for SQLite and for local packs."""
 
     def make():
-        folder, url = tempfile.TemporaryDirectory(), database()
-        store = Store(Path(folder.name), url)
+        folder, urls = tempfile.TemporaryDirectory(), place()
+        store = Store(Path(folder.name), *urls)
         store.database.create()
         store.database.close()
 
         def again(keep=folder):
-            return Store(Path(keep.name), url)
+            return Store(Path(keep.name), *urls)
 
         return again
 
@@ -38,8 +38,9 @@ def machine(database):
 
 
 def test_sqlite_keeps_the_contract():
-    run_state_machine_as_test(machine(lambda: None), settings=SHORT)
+    run_state_machine_as_test(machine(lambda: (None, None)), settings=SHORT)
 
 
-def test_postgresql_keeps_the_contract(postgresql_url):
-    run_state_machine_as_test(machine(postgresql_url), settings=settings(SHORT, max_examples=5))
+def test_postgresql_and_s3_keep_the_contract(postgresql_url, s3_url):
+    place = machine(lambda: (postgresql_url(), s3_url()))
+    run_state_machine_as_test(place, settings=settings(SHORT, max_examples=4))

@@ -1,6 +1,6 @@
 """Kill anywhere, all of it: every point of every operation, by SIGKILL, ENOSPC and EIO.
 
-    python -m benchmarks.sweep
+    python -m benchmarks.kill_sweep
 
 Run from the root of the repository; needs strace. What a point is and what must hold after it: ``tests/crash/sweep.py``.
 Exit 1 when anything is violated.
