@@ -50,7 +50,8 @@ retention: {}           # e.g. {adapter: 90, method-state: 30}
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # Built on first use: a command needs few of the models that are imported.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 def known_device(name: str) -> str:
@@ -74,7 +75,7 @@ class EvaluationSettings(_Strict):
 class GateConfig(BaseModel):
     """One gate; further keys are the gate's own arguments, checked when the gate is built."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, defer_build=True)
     gate: str
     suites: Literal["new", "learned", "all"] | list[str] = "all"
 

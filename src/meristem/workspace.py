@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import getpass
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meristem import config as configuration
-from meristem.config import CONFIG_NAME, ModelSettings, Recipe, WorkspaceConfig, resolve_recipe
-from meristem.ecosystem import aliases, assets, audit, checkouts, ledger, models, retirement, versions
+from meristem.config import CONFIG_NAME, ModelSettings, Recipe, resolve_recipe
+from meristem.custody import STORE_FOLDER, Custody, Progress, check_gates, store_of
+from meristem.ecosystem import aliases, assets, checkouts, ledger, models, retirement, versions
 from meristem.ecosystem.aliases import Alias, Move
 from meristem.ecosystem.assets import AssetEntry
-from meristem.ecosystem.audit import Audit
 from meristem.ecosystem.ledger import Entry
 from meristem.ecosystem.records import (
     Asset,
@@ -31,29 +29,23 @@ from meristem.ecosystem.records import (
 from meristem.ecosystem.results import DecisionResult, UpdateResult
 from meristem.ecosystem.versions import VersionEntry
 from meristem.errors import BadInput
-from meristem.store import evidence
 from meristem.store.evidence import Event
+from meristem.store.files import make_folder
 from meristem.store.packs import disk_failure, write_file_durably
-from meristem.store.store import Store, read_document
+from meristem.store.store import read_document
 
 if TYPE_CHECKING:
-    from meristem.ecosystem import deletion, gc
     from meristem.ecosystem.bundles import Pulled, Pushed
-    from meristem.ecosystem.doctor import Health
     from meristem.evaluation.comparison import Comparison
     from meristem.evaluation.matrix import LineMatrix
     from meristem.evaluation.results import ItemResult
     from meristem.evaluation.service import EvaluationEntry, Evaluator
     from meristem.loop import Turn
-    from meristem.store.checkpoints import Checkpoint
-    from meristem.store.keys import Standing
 
-STORE_FOLDER = ".meristem"
-Progress = Callable[[str, int, int, str], None]  # what, done, total, note
 __all__ = ["DecisionResult", "Progress", "UpdateResult", "Workspace"]
 
 
-class Workspace:
+class Workspace(Custody):
     """A folder with ``meristem.yaml`` and a store. Open one with ``Workspace.open`` or ``Workspace.create``.
 
     ``actor`` is recorded with everything this object changes (default: ``MERISTEM_ACTOR`` or the login name).
@@ -61,11 +53,7 @@ class Workspace:
     """
 
     def __init__(self, root: Path, *, actor: str | None = None, progress: Progress | None = None):
-        self.root = Path(root)
-        self.actor = actor or os.environ.get("MERISTEM_ACTOR") or _login_name()
-        self.progress = progress
-        self.config = configuration.load_config(self.root / CONFIG_NAME)
-        self.store = _store(self.root, self.config)
+        super().__init__(root, actor=actor, progress=progress)
         self._evaluator: Evaluator | None = None
 
     @classmethod
@@ -77,11 +65,10 @@ class Workspace:
         configured = (root / CONFIG_NAME).exists()
         config = configuration.load_config(root / CONFIG_NAME) if configured else None
         try:
-            (root / STORE_FOLDER).mkdir(parents=True, exist_ok=True)
-            with closing(_store(root, config).database) as database:
-                made = (
-                    database.exists()
-                )  # by a `create` that was cut off, or by a workspace that lost its file
+            make_folder(root / STORE_FOLDER)
+            with closing(store_of(root, config).database) as database:
+                # By a `create` that was cut off, or by a workspace that lost its file.
+                made = database.exists()
                 if made and configured:
                     raise BadInput(f"{root}: there is a workspace already; open it, or choose another folder")
                 if not configured:
@@ -102,41 +89,15 @@ class Workspace:
         workspace.store.database.check_schema()
         return workspace
 
-    @classmethod
-    def migrate(cls, root: str | Path = ".", **options: Any) -> tuple[str, str]:
-        """Lead the store of an older Meristem to this one's schema; returns the revisions ``(from, to)``."""
-        workspace = cls(Path(root), **options)
-        try:
-            return workspace.store.database.migrate(workspace.actor)
-        finally:
-            workspace.close()
-
-    @classmethod
-    def doctor(cls, root: str | Path = ".", progress: Progress | None = None) -> Health:
-        """Check the workspace in ``root``, broken or not; nothing is written. See ``ecosystem.doctor``."""
-        from meristem.ecosystem import doctor
-
-        root = Path(root)
-        return doctor.examine(root, root / STORE_FOLDER, lambda config: _store(root, config), progress)
-
-    def close(self) -> None:
-        self.store.database.close()
-
     def settings(self, model: str) -> ModelSettings:
         """The policy of ``model``. Raises ``BadInput`` for a gate or a model of ``meristem.yaml`` that is not there."""
-        from meristem.release import gates
-
         known = {found.name for found in self.models()}
         for name in sorted(set(self.config.models) - known):
             raise BadInput(
                 f"{CONFIG_NAME}: models.{name}: no such model; models here: {', '.join(sorted(known))}"
             )
         settings = self.config.for_model(model)
-        try:
-            for gate in settings.gates:
-                gates.build(gate.gate, gate.arguments)
-        except BadInput as error:
-            raise BadInput(f"{CONFIG_NAME}: {error}") from error
+        check_gates(settings)
         return settings
 
     # Models and versions
@@ -299,20 +260,6 @@ class Workspace:
             events = {digest: retirement.event_of(connection, digest) for digest in found}
         return {digest: event for digest, event in events.items() if event}
 
-    def refuse_given_up(self, entry: AssetEntry) -> None:
-        """Raises ``BadInput`` naming the event when the bytes of ``entry`` were given up."""
-        with self.store.database.read() as connection:
-            retirement.refuse(connection, entry.digest)
-
-    def delete_data(self, reference: str, reason: str) -> deletion.Deletion:
-        """Delete a data set for good: ``name`` with all its versions, ``name@v2`` or a digest.
-
-        Its digest, the reason and the versions trained on it stay; see ``ecosystem.deletion``.
-        """
-        from meristem.ecosystem import deletion
-
-        return deletion.delete(self.store, self.actor, reference, reason, self._steps("delete"))
-
     def _kept(self, entries: list[AssetEntry]) -> list[AssetEntry]:
         with self.store.database.read() as connection:
             gone = retirement.all_given_up(connection)
@@ -328,7 +275,7 @@ class Workspace:
 
     def _add_asset(self, record: Asset, blobs: list[Any]) -> AssetEntry:
         with self.store.database.read() as connection:
-            retirement.refuse_deleted(connection, record.digest)
+            assets.refuse_deleted(connection, record)
         stored = self.store.put(blobs)
         with self.store.transaction(self.actor, f"{record.kind} {record.name} added") as tx:
             tx.add_blobs(stored)
@@ -564,115 +511,10 @@ class Workspace:
                     return entry
         return None
 
-    # Loop and evidence
+    # Loop
 
     def turn(self, model: str) -> Turn | None:
         """One turn of the loop for ``model``; None when no signal is pending."""
         from meristem.loop import turn
 
         return turn(self, model)
-
-    def events(self, *, after: int = 0, last: int | None = None) -> Iterator[Event]:
-        """Events, oldest first; ``last``: only that many of the newest."""
-        with self.store.database.read() as connection:
-            if last is not None:
-                yield from evidence.newest(connection, last)
-            else:
-                yield from evidence.read(connection, after=after)
-
-    def add_key(self, file: str | Path, *, signer: str | Path | None = None) -> tuple[str, bool]:
-        """Register the key in ``file``, made there if missing; returns ``(its public half, whether it was new)``.
-
-        Every key but the first needs a ``signer``, the file of a key in force. See ``store.keys``.
-        """
-        from meristem.store import keys
-
-        by = keys.load(Path(signer), self.root) if signer else None
-        new = keys.load_or_make(Path(file), self.root)
-        with self.store.transaction(self.actor, "a key for checkpoints") as tx:
-            return new.public, keys.add(tx, new, by)
-
-    def rotate_key(self, old: str | Path, new: str | Path) -> tuple[str, bool]:
-        """Let the key in the file ``new`` (made if missing) take the place of the one in ``old``; as ``add_key``."""
-        from meristem.store import keys
-
-        before, after = keys.load(Path(old), self.root), keys.load_or_make(Path(new), self.root)
-        with self.store.transaction(self.actor, f"in place of {before.public[:12]}") as tx:
-            return after.public, keys.rotate(tx, before, after)
-
-    def keys(self) -> list[Standing]:
-        """The public keys that sign checkpoints, oldest first, with the events between which each counts."""
-        from meristem.store import keys
-
-        with self.store.database.read() as connection:
-            return list(keys.registered(connection))
-
-    def checkpoint(
-        self, key: str | Path, *, anchor: str | Path | None = None, anchor_command: str | None = None
-    ) -> Checkpoint:
-        """Sign the present head, and hand it to a file or a command outside; see ``store.checkpoints``."""
-        from meristem.store import checkpoints, keys
-
-        outside = checkpoints.Anchor(Path(anchor), self.root) if anchor else None
-        signer = keys.load(Path(key), self.root)
-        with self.store.database.write() as connection:
-            made = checkpoints.sign(connection, signer)
-        if outside:  # committed by now: an anchor never knows a head that the workspace could still lose
-            outside.append(made)
-        if anchor_command is not None:
-            checkpoints.pipe(made, anchor_command)
-        return made
-
-    def export_log(self) -> Iterator[bytes]:
-        """One line of JSON per event, its stored bytes as they are, and after them one per checkpoint."""
-        from meristem.store import checkpoints
-
-        with self.store.database.read() as connection:
-            yield from checkpoints.export(connection)
-
-    def export_log_to(self, file: str | Path) -> None:
-        """``export_log`` into a file, which then is there whole."""
-        write_file_durably(Path(file), self.export_log())
-
-    def collect_garbage(self, *, dry_run: bool = False) -> gc.Collection:
-        """Retire what ``retention`` in meristem.yaml gives up, and free the space of what nothing needs.
-
-        ``dry_run`` only says what would go. See ``ecosystem.gc``.
-        """
-        from meristem.ecosystem import gc
-
-        rules = {str(kind): days for kind, days in self.config.retention.items()}
-        return gc.collect(self.store, self.actor, rules, dry_run=dry_run, progress=self._steps("gc"))
-
-    def reindex(self) -> gc.Reindexed:
-        """Make the index of blobs again from the packs alone."""
-        from meristem.ecosystem import gc
-
-        report = self.progress
-        step = (lambda done, total: report("reindex", done, total, "")) if report else None
-        return gc.reindex(self.store, step)
-
-    def _steps(self, verb: str) -> Callable[[str, int, int], None] | None:
-        report = self.progress
-        return (lambda what, done, total: report(f"{verb} {what}", done, total, "")) if report else None
-
-    def verify(self, *, head: str | None = None, anchor: str | Path | None = None) -> Audit:
-        """Recompute every digest, the chain, every signature and every pointer; see ``ecosystem.audit``."""
-        from meristem.store import checkpoints
-
-        lines = checkpoints.Anchor(Path(anchor), self.root).read() if anchor else None
-        return audit.verify(self.store, self._steps("verify"), head, lines)
-
-
-def _store(root: Path, config: WorkspaceConfig | None) -> Store:
-    packs = config.packs if config else None
-    if packs and "://" not in packs:
-        packs = str(root / packs)
-    return Store(root / STORE_FOLDER, config.store if config else None, packs)
-
-
-def _login_name() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a user without an entry, as in many containers
-        return f"uid-{os.getuid()}"

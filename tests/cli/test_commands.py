@@ -8,15 +8,18 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from tests import acme
 
 import meristem as ms
+from meristem.cli.main import NOUNS as NAMES
 from meristem.cli.main import build
 
-app = build()
-NOUNS = {group.typer_instance.info.name: group.typer_instance for group in app.registered_groups}
-VERBS = [(noun, c.name) for noun, made in NOUNS.items() for c in made.registered_commands]
-ALONE = [c.name for c in app.registered_commands]
+app = typer.main.get_command(build())
+FOUND = {name: app.get_command(None, name) for name in NAMES}
+NOUNS = {name: noun for name, noun in FOUND.items() if isinstance(noun, typer.core.TyperGroup)}
+VERBS = [(name, verb) for name, noun in NOUNS.items() for verb in noun.commands]
+ALONE = [name for name in NAMES if name not in NOUNS]
 
 # A command line for every verb, run in this order on the grown workspace, with its exit code.
 COMMANDS = [

@@ -30,11 +30,46 @@ def test_gc_says_what_it_would_do_and_does_it(cli, grown):
 def test_reindex_and_migrate(cli, fresh):
     assert "blobs in" in cli(fresh, "store", "reindex").out
     assert "already" in cli(fresh, "store", "migrate").out
-    for pack in (fresh / ".meristem/packs").glob("*.safetensors"):
-        pack.unlink()
+    packs = fresh / ".meristem/packs"
+    packs.rename(fresh / "elsewhere")
+    away = cli(fresh, "store", "reindex")
+    assert away.code == 5
+    assert "mount the folder or mend `packs`" in away.err
+    (fresh / "elsewhere").rename(packs)
+    assert cli(fresh, "store", "verify").code == 0
+    next(packs.glob("*.safetensors")).unlink()
     lost = cli(fresh, "store", "reindex")
     assert lost.code == 1
     assert "in no pack" in lost.out
+    refused = cli(fresh, "store", "gc")
+    assert refused.code == 1
+    assert "run `meristem store reindex`" in refused.err
+
+
+def test_what_is_not_finished_is_no_success(cli, fresh):
+    """A pack that is damaged keeps its rows, or its dead bytes."""
+    import meristem as ms
+
+    ws = ms.Workspace.open(fresh, actor="kim")
+    digest = ws.asset("dataset", "a").record.files["rows.jsonl"]
+    pack = ws.store.packs.path(ws.store.location(digest).pack)
+    ws.close()
+    body = pack.read_bytes()
+    pack.write_bytes(body[:8] + b"?" + body[9:])
+    kept = cli(fresh, "data", "delete", "a", "--reason", "request 7", "--yes")
+    assert kept.code == 1
+    assert "repeat the command" in kept.out
+    pack.write_bytes(body)
+    assert cli(fresh, "data", "delete", "a", "--reason", "request 7", "--yes").code == 0
+    assert not pack.exists()
+
+
+def test_gc_that_leaves_something_alone_is_no_success(cli, fresh, monkeypatch):
+    from meristem.ecosystem import gc
+
+    monkeypatch.setattr(gc, "collect", lambda *_, **__: gc.Collection(False, problems=["pack x: damaged"]))
+    left = cli(fresh, "store", "gc")
+    assert (left.code, left.out.splitlines()[-1]) == (1, "  pack x: damaged")
 
 
 def test_deletion_wants_a_yes_and_a_reason(cli, fresh):
@@ -47,10 +82,11 @@ def test_deletion_wants_a_yes_and_a_reason(cli, fresh):
     done = cli(fresh, "data", "delete", "a", "--reason", "request 7", "--yes")
     assert done.code == 0
     assert "a@v1 deleted (event" in done.out
-    for words in (["data", "show", "a"], ["update", "run", "support", "--data", "a"]):
-        refused = cli(fresh, *words)
-        assert refused.code == 2
-        assert "data a@v1 was deleted by event" in refused.err
+    refused = cli(fresh, "update", "run", "support", "--data", "a")
+    assert refused.code == 2
+    assert "data a@v1 was deleted by event" in refused.err
+    left = json.loads(cli(fresh, "data", "show", "a").out)["given_up"]
+    assert (left["how"], left["reason"], left["versions"]) == ("deleted", "request 7", [])
     listed = json.loads(cli(fresh, "data", "list", "--json").out)
     assert [row["given_up"] is not None for row in listed] == [True, False]
     assert cli(fresh, "store", "verify").code == 0

@@ -82,7 +82,13 @@ def named_packs(folder: Path) -> set[str]:
 
 
 def packs(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / ".meristem/packs").glob("[!.]*.safetensors"))
+    """What each pack holds: their names never come again."""
+    held = []
+    for path in (folder / ".meristem/packs").glob("[!.]*.safetensors"):
+        body = path.read_bytes()
+        entries = json.loads(body[8 : 8 + struct.unpack("<Q", body[:8])[0]])
+        held.append(" ".join(sorted(entries.keys() - {"__metadata__"})))
+    return sorted(held)
 
 
 def expire_leases(folder: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import typer
 from tests.crash import checks
 
 from meristem.config import Recipe
@@ -57,7 +58,10 @@ class Operation:
 def preload() -> None:
     for module in NEEDED:
         importlib.import_module(module)
-    importlib.import_module("meristem.cli.main").build()
+    cli = importlib.import_module("meristem.cli.main")
+    app = typer.main.get_command(cli.build())
+    for noun in cli.NOUNS:  # each is imported when it is asked for
+        app.get_command(None, noun)
 
 
 def perform(name: str, folder: Path) -> None:

@@ -24,6 +24,7 @@ _CALL = re.compile(r"(\w+)\((.*)\)\s+= (.*)", re.DOTALL)
 _RESUMED = re.compile(r"<\.\.\. \w+ resumed>(.*)")
 _PATH = re.compile(r'"((?:[^"\\]|\\.)*)"|<((?:[^<>\\]|\\.)+)>')
 _TEMPORARY = re.compile(r"/\.([A-Za-z]*)[^/]*[0-9][^/]*$")  # such names have a random part
+_PACK = re.compile(r"/[0-9a-f]{64}\.safetensors$")  # and these a salt
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ class Call:
         return "(INJECTED" in self.result
 
     def under(self, root: Path) -> list[str]:
-        """The paths below ``root``, relative to it and without the random part of temporary names."""
+        """The paths below ``root``, relative to it and without what is random in their names."""
         inside = f"{root}/"
         below = [f"/{path.removeprefix(inside)}" for path in self.paths if path.startswith(inside)]
-        return [_TEMPORARY.sub(r"/.\1*", path)[1:] for path in below]
+        return [_PACK.sub("/*.safetensors", _TEMPORARY.sub(r"/.\1*", path))[1:] for path in below]
 
     def changes(self, root: Path) -> bool:
         """Whether the call changes or syncs something below ``root`` (or ``root`` itself)."""

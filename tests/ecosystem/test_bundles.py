@@ -118,9 +118,9 @@ def release(store, version):
         ledger.open_record(tx, "release", record, version.model, status="done")
 
 
-def learn(store, parent, *, data, seed, tmp_path):
+def learn(store, parent, *, data, seed, tmp_path, state=b'{"ewc":{}}'):
     """A successor of ``parent`` trained on ``data``, with method state."""
-    state = Blob.file(b'{"ewc":{}}')
+    state = Blob.file(state)
     fisher = Blob.tensor("F32", (2,), secrets.token_bytes(8) if seed is None else bytes([seed] * 8))
     kept = add_asset(
         store,
@@ -520,6 +520,30 @@ def test_what_was_deleted_here_does_not_come_back(bundle, home, other):
     assert audit.verify(other).problems == []
     before = state(other)
     assert not bundles.pull(other, "lee", bundle).changed
+    assert state(other) == before
+
+
+@pytest.mark.parametrize("deleted", ["mine", "a"])
+def test_deleted_rows_do_not_come_back_in_a_method_state(home, other, tmp_path, deleted):
+    """Whether its rows come along, under another name, or are known by their digest alone."""
+    with home.database.read() as connection:
+        data = assets.resolve(connection, "dataset", "a")
+    held = canonical({"replay": {"rows": [json.loads(ROWS)]}})
+    child = learn(home, resolve(home, "law@v2"), data=data, seed=7, tmp_path=tmp_path, state=held)
+    bundles.push(home, child, tmp_path / "b")
+    rows = Blob.file(ROWS)
+    asset = Asset(kind="dataset", name=deleted, files={"rows.jsonl": rows.digest}, facts=FACTS)
+    add_asset(other, asset, rows)
+    deletion.delete(other, "lee", deleted, "on request 8")
+    got = bundles.pull(other, "lee", tmp_path / "b")
+    assert got.version.digest == child.digest
+    assert all(b"A ash ?" not in path.read_bytes() for path in other.packs.root.iterdir())
+    assert retirement_of(other, child.record.assets["method-state"]).kind == "asset.deleted"
+    parent = resolve(home, "law@v2").record.assets["method-state"]
+    assert retirement_of(other, parent) is None  # it holds no rows
+    assert audit.verify(other).problems == []
+    before = state(other)
+    assert not bundles.pull(other, "lee", tmp_path / "b").changed
     assert state(other) == before
 
 

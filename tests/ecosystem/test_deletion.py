@@ -12,7 +12,7 @@ from meristem.data.datasets import ROWS_FILE
 from meristem.ecosystem import assets, audit, deletion, gc, ledger, models
 from meristem.ecosystem.records import Asset, Plan, Signal, Update
 from meristem.errors import BadInput, EnvironmentFailure, StateMoved
-from meristem.store import compaction, evidence, leases
+from meristem.store import compaction, evidence, index, leases
 from meristem.store.canonical import canonical
 from meristem.store.packs import Blob
 
@@ -314,3 +314,83 @@ def test_a_real_line_trains_on_without_it(grown):
     assert ws.verify().problems == []
     assert ws.version("support@champion").label == "support@v2"
     ws.close()
+
+
+# What might bring rows back, or keep them
+
+
+def test_the_same_rows_do_not_come_back_under_another_name(store, line):
+    delete(store)
+    said = r"data tickets@v1 was deleted by event \d+ \(request 7\): its bytes are gone"
+    with pytest.raises(BadInput, match=said):
+        data(store, "other", "a", "1", "2")
+    with store.database.read() as connection, pytest.raises(BadInput, match=said):
+        assets.refuse_deleted(connection, Asset(kind="suite", name="x", files=line["tickets"].record.files))
+
+
+def test_a_namesake_that_stayed_can_be_added_again(store, line):
+    kept = data(store, "copy", "a", "1", "2")
+    delete(store)
+    assert data(store, "copy", "a", "1", "2") == kept
+
+
+def test_what_writers_left_unfinished_goes_and_live_ones_are_named(store, line):
+    lease = leases.new()
+    pack = store.packs.name_of([Blob.file(b"large")], lease)
+    with store.database.write() as connection:
+        leases.take(connection, [pack], store.database.now(connection) + 60, lease)
+    for stem in (pack[7:23], "0" * 16):
+        (store.packs.root / f".tmp-{stem}-1-00").write_bytes(rows("a", "1").data)
+    found = delete(store)
+    assert found.kept == [
+        f".tmp-{pack[7:23]}-1-00: somebody writes this pack at this moment, and it may hold rows; repeat the command"
+    ]
+    assert found.unfinished
+    assert [name for name, _ in store.packs.leftovers()] == [f".tmp-{pack[7:23]}-1-00"]
+    with store.database.write() as connection:
+        leases.end(connection, lease)
+    assert not delete(store).unfinished
+    assert b'"task": "a"' not in bytes_of(store)
+
+
+def test_a_pack_that_had_to_stay_is_said(store, line, monkeypatch):
+    monkeypatch.setattr(compaction, "remove_unused", lambda *_: None)
+    found = delete(store)
+    assert found.unfinished
+    assert all(line.endswith("repeat the command") for line in found.kept)
+
+
+def test_rows_beside_bytes_that_the_index_lost_stay_until_it_is_mended(store, line):
+    beside = Blob.file(b"named, and in the same pack")
+    stored = store.put([rows("q", "1"), beside])
+    with store.transaction("kim") as tx:
+        tx.add_blobs(stored)
+        for name, blob in (("q", rows("q", "1")), ("beside", beside)):
+            assets.add(tx, Asset(kind="dataset", name=name, files={ROWS_FILE: blob.digest}))
+    with store.database.write() as connection:
+        index.forget(connection, [beside.digest])
+    found = deletion.delete(store, "kim", "q", "request 9")
+    assert found.unfinished and "run `meristem store reindex`" in found.kept[0]
+    assert gc.reindex(store).missing == []
+    assert not delete(store, "q").unfinished
+    assert store.read_blob(beside.digest) == beside.data
+    assert b'"task": "q"' not in bytes_of(store)
+
+
+def test_a_deletion_waits_for_a_packing_of_its_rows(store, monkeypatch):
+    """The rows would be copied to a pack that the deletion has not seen."""
+    data(store, "tickets", "a", "1", beside=[Blob.file(b"dead" * 1000)])
+    write, said = type(store.packs).write, []
+
+    def meanwhile(packs, new, *options):
+        with pytest.raises(StateMoved, match="same bytes") as error:
+            deletion.delete(store, "kim", "tickets", "request 7")
+        said.append(error)
+        return write(packs, new, *options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(store.packs), "write", meanwhile)
+        assert gc.collect(store, "kim", {}).repacked == 1
+    assert len(said) == 1
+    delete(store)
+    assert b'"task": "a"' not in bytes_of(store)

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import insert, update
@@ -24,7 +25,7 @@ from meristem.ecosystem.records import Update
 from meristem.errors import BadInput
 from meristem.store import leases
 from meristem.store.evidence import Event
-from meristem.store.packs import Blob
+from meristem.store.packs import Blob, packs_at
 from meristem.store.schema import blobs, checkpoints, events
 from meristem.store.schema import leases as lease_table
 
@@ -360,6 +361,26 @@ def test_a_workspace_that_can_only_be_read(ws):
         ws.root.chmod(0o755)
         (ws.root / ".meristem").chmod(0o755)
     assert done.code == 0 and "can only be read by you" in done.out, done
+
+
+@pytest.mark.parametrize("status", ["Enabled", "Suspended"])
+def test_a_bucket_that_keeps_what_is_deleted(status):
+    fs = SimpleNamespace(call_s3=lambda method, Bucket: {"Status": status} if Bucket == "team" else {})
+    (found,) = doctor._bucket(SimpleNamespace(packs=SimpleNamespace(fs=fs, root="team/packs")))
+    assert (
+        found[0] == "warning" and f"bucket team is {status.lower()}" in found[1] and "lifecycle" in found[2]
+    )
+
+
+def test_a_bucket_that_keeps_nothing_or_cannot_say(s3_url):
+    def refuse(method, Bucket):
+        raise PermissionError("AccessDenied")
+
+    for call in (lambda method, Bucket: {}, refuse):
+        packs = SimpleNamespace(fs=SimpleNamespace(call_s3=call), root="team/packs")
+        assert list(doctor._bucket(SimpleNamespace(packs=packs))) == []
+    for packs in (packs_at(s3_url()), packs_at("memory://packs")):
+        assert list(doctor._bucket(SimpleNamespace(packs=packs))) == []
 
 
 def test_a_team_s_store(tmp_path, postgresql_url, s3_url):

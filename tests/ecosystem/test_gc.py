@@ -15,9 +15,9 @@ from tests.ecosystem import hf
 from tests.ecosystem.lines import age, commit, dataset, row, suite, tree
 
 from meristem.ecosystem import aliases, assets, audit, checkouts, gc, ledger, models, versions
-from meristem.ecosystem.records import Decision, Evaluation, Plan, Signal, Update
+from meristem.ecosystem.records import Asset, Decision, Evaluation, Plan, Signal, Update
 from meristem.errors import BadInput, EnvironmentFailure, StateMoved, Tampered
-from meristem.store import compaction, evidence, schema
+from meristem.store import compaction, evidence, index, leases, schema
 from meristem.store.canonical import canonical, digest_bytes
 from meristem.store.packs import Blob
 from meristem.store.store import Store
@@ -447,7 +447,7 @@ def moments(monkeypatch, stop):
 
         monkeypatch.setattr(owner, name, step)
 
-    from meristem.store import files, index, leases
+    from meristem.store import files
     from meristem.store.local_packs import LocalPacks
 
     for after in (False, True):
@@ -581,3 +581,180 @@ def test_the_index_is_made_again_from_the_packs_alone(store, line):
 def versions_tensor(store, version):
     with store.database.read() as connection:
         return versions.content_of(connection, version.content).tensors["b.weight"]
+
+
+# A damaged index, and others at work at the same time
+
+
+@pytest.mark.parametrize("lost", ["all", "some"])
+def test_an_index_that_lost_rows_stops_it_before_anything_goes(store, line, lost):
+    with store.database.write() as connection:
+        digests = sorted(connection.scalars(select(schema.blobs.c.digest)))
+        gone = digests if lost == "all" else digests[:-1]
+        connection.execute(schema.blobs.delete().where(schema.blobs.c.digest.in_(gone)))
+    before = tree(store)
+    for dry_run in (True, False):
+        with pytest.raises(Tampered, match="run `meristem store reindex`"):
+            gc.collect(store, "kim", ALL, dry_run=dry_run)
+    assert tree(store) == before
+    assert gc.reindex(store).missing == []
+    collect(store, {})
+
+
+def test_rows_that_are_lost_after_the_look_keep_their_packs(store, line, monkeypatch):
+    drop = gc._drop
+
+    def then_lost(*arguments):
+        drop(*arguments)
+        with store.database.write() as connection:
+            connection.execute(schema.blobs.delete())
+
+    monkeypatch.setattr(gc, "_drop", then_lost)
+    names = list(store.packs.names())
+    found = gc.collect(store, "kim", {})
+    assert list(store.packs.names()) == names
+    assert len(found.problems) == len(names) and "store reindex" in found.problems[0]
+    assert gc.reindex(store).missing == []
+    assert audit.verify(store).problems == []
+
+
+def test_another_collection_meanwhile_is_no_damage(store, line, monkeypatch):
+    """What the look still found named was retired, and its row dropped, by somebody else."""
+    with store.transaction("kim") as tx:
+        aliases.point(tx, "base", "challenger", line[0].digest)
+    drop = gc._drop
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(gc, "_drop", drop)
+        monkeypatch.setattr(gc, "_compact", lambda *_: None)
+        gc.collect(store, "ann", {"full": 1})
+        monkeypatch.undo()
+        drop(*arguments)
+
+    monkeypatch.setattr(gc, "_drop", meanwhile)
+    assert collect(store, {}).packs == 2
+
+
+def test_packs_that_are_elsewhere_leave_the_index_as_it_is(store, line):
+    before = tree(store)
+    elsewhere = store.packs.root.with_name("elsewhere")
+    store.packs.root.rename(elsewhere)
+    with pytest.raises(EnvironmentFailure, match="mend `packs`"):
+        gc.reindex(store)
+    store.packs.root.mkdir()  # a mount point without its mount
+    with pytest.raises(EnvironmentFailure, match="mend `packs`"):
+        gc.reindex(store)
+    store.packs.root.rmdir()
+    elsewhere.rename(store.packs.root)
+    assert tree(store) == before
+
+
+def test_a_removal_that_comes_late_takes_nothing_that_came_after(store):
+    """The collector lost its connection, so that its lock is gone; the bytes are stored again before it removes."""
+    body = Blob.file(b"stored twice")
+    dead = store.put([body])
+    with store.database.write() as connection:
+        leases.end(connection, dead.lease)
+    (orphan,) = store.packs.names()
+    again = store.put([body])
+    with store.transaction("kim") as tx:
+        tx.add_blobs(again)
+    store.packs.remove(orphan)
+    assert store.read_blob(body.digest) == body.data
+
+
+def test_what_was_forgotten_while_it_was_copied_leaves_no_copy(store, monkeypatch):
+    named, other = Blob.file(b"named" * 10), Blob.file(b"forgotten" * 10)
+    dataset(store, "tickets", blob=named, beside=[other, Blob.file(b"dead" * 1000)])
+    with store.database.write() as connection:
+        index.forget(connection, [Blob.file(b"dead" * 1000).digest])
+    pack, write = store.location(named.digest).pack, type(store.packs).write
+
+    def late(packs, new, *options):
+        monkeypatch.undo()
+        written = write(packs, new, *options)
+        with store.database.write() as connection:  # this process was suspended past its lease, and woke up
+            index.forget(connection, [other.digest])
+        return written
+
+    monkeypatch.setattr(type(store.packs), "write", late)
+    assert compaction.repack(store, pack, lambda *_: set())
+    assert store.read_blob(named.digest) == named.data
+    assert all(b"forgotten" not in path.read_bytes() for path in store.packs.root.iterdir())
+
+
+def test_what_is_being_packed_anew_cannot_be_dropped(store, monkeypatch):
+    """Places are read and leased in one transaction."""
+    named = Blob.file(b"named" * 10)
+    dataset(store, "tickets", blob=named, beside=[Blob.file(b"dead" * 1000)])
+    seen, write = [], type(store.packs).write
+
+    def look(packs, new, *options):
+        with store.database.read() as connection:
+            seen.append(leases.held(connection, store.database.now(connection)))
+        return write(packs, new, *options)
+
+    monkeypatch.setattr(type(store.packs), "write", look)
+    collect(store, {})
+    assert seen == [{named.digest, store.location(named.digest).pack}]
+
+
+def test_a_copy_that_comes_past_its_lease_goes_again(store, monkeypatch):
+    named = Blob.file(b"named" * 10)
+    dataset(store, "tickets", blob=named, beside=[Blob.file(b"dead" * 1000)])
+    with store.database.write() as connection:
+        index.forget(connection, [Blob.file(b"dead" * 1000).digest])
+    before, write = list(store.packs.names()), type(store.packs).write
+
+    def slow(packs, new, *options):
+        written = write(packs, new, *options)
+        with store.database.write() as connection:
+            connection.execute(update(schema.leases).values(expires=0.0))
+        return written
+
+    monkeypatch.setattr(type(store.packs), "write", slow)
+    with pytest.raises(StateMoved):
+        compaction.repack(store, before[0], lambda *_: set())
+    assert list(store.packs.names()) == before
+
+
+def test_a_pack_is_written_anew_in_parts_that_fit_into_memory(store, monkeypatch):
+    monkeypatch.setattr(compaction, "AT_ONCE", 100)
+    named = [Blob.file(bytes([i]) * 60) for i in range(4)]
+    stored = store.put([*named, Blob.file(b"dead" * 1000)])
+    with store.transaction("kim") as tx:
+        tx.add_blobs(stored)
+        for number, blob in enumerate(named):
+            assets.add(tx, Asset(kind="dataset", name=f"d{number}", files={"rows.jsonl": blob.digest}))
+    assert collect(store, {}).repacked == 1
+    assert len(list(store.packs.names())) == 4
+    assert [store.read_blob(blob.digest) for blob in named] == [blob.data for blob in named]
+    assert not collect(store, {}).anything
+
+
+def test_what_a_live_writer_has_not_finished_is_left(store):
+    """An upload counts its age from its beginning, and may take longer than a lease that is renewed."""
+    lease = leases.new()
+    pack = store.packs.name_of([Blob.file(b"large")], lease)
+    with store.database.write() as connection:
+        leases.take(connection, [pack], store.database.now(connection) + 60, lease)
+    store.packs.root.mkdir(parents=True)
+    for stem in (pack[7:23], "0" * 16):
+        (store.packs.root / f".tmp-{stem}-1-00").write_bytes(b"half")
+    store.lease_seconds = -1.0  # any age is too old
+    assert gc.collect(store, "kim", {}, dry_run=True).leftovers == 1
+    assert collect(store, {}).leftovers == 1
+    assert [name for name, _ in store.packs.leftovers()] == [f".tmp-{pack[7:23]}-1-00"]
+
+
+def test_a_pack_that_another_collection_took_is_no_problem(store, line, monkeypatch):
+    orphan = store.packs.write([Blob.file(b"orphan")])[0].pack
+    inner = type(store.packs).size
+
+    def late(packs, pack):
+        if pack == orphan:
+            packs.remove(pack)
+        return inner(packs, pack)
+
+    monkeypatch.setattr(type(store.packs), "size", late)
+    assert not collect(store, {}).problems

@@ -137,7 +137,8 @@ def test_an_interrupted_add_is_finished_by_the_same_command(store, add, tmp_path
             add("base", source=source)
     assert state(store)[0] == [[], []]
     assert add("base", source=source).label == "base@v1"
-    assert len(list(store.packs.root.iterdir())) == 1
+    first, second = ({x.digest for x in store.packs.entries(pack)} for pack in store.packs.names())
+    assert first == second  # one of them is named by nobody: gc takes it when its lease has run out
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 
 import pytest
+from sqlalchemy import event as sql_event
 from tests import acme
 
 import meristem as ms
 from meristem.config import ModelSettings
+from meristem.ecosystem import ledger
+from meristem.ecosystem.records import Approval, Decision, Release
 from meristem.errors import BadInput, GateFailed, StateMoved
 from meristem.release import criteria, decisions, gates, rollout
 
@@ -165,6 +169,107 @@ def test_promotion_after_a_rollback_needs_a_new_decision(ws):
     assert decision.id == "decision-4" and len(ws.evaluations()) == measured
     ws.promote(decision)
     assert champion(ws) == 4
+
+
+# What a release reads does not grow with the decisions, approvals and releases before it
+
+
+def crowd(ws, count):
+    """``count`` decisions of the past, each approved and released."""
+    record = ws.record("decision-3").as_(Decision)
+    with ws.store.transaction("lee") as tx:
+        for revision in range(100, 100 + count):
+            past = record.model_copy(update={"champion_revision": revision})
+            decision = ledger.open_record(tx, "decision", past, "support", "pass")
+            approval = Approval(decision=decision.digest, actor=f"actor-{revision}", reason="")
+            ledger.open_record(tx, "approval", approval, "support", "given")
+            release = Release(
+                model="support",
+                kind="promote",
+                version=record.version,
+                previous=record.champion,
+                revision=revision,
+                decision=decision.digest,
+            )
+            ledger.open_record(tx, "release", release, "support", "done")
+
+
+def another(ws, name, **changes):
+    """A record as the one called ``name``, opened now."""
+    old = ws.record(name)
+    with ws.store.transaction("lee") as tx:
+        new = old.record.model_copy(update=changes)
+        return ledger.open_record(tx, old.kind, new, "support", old.status)
+
+
+def approved(ws):
+    decision = another(ws, "decision-3", approvals_needed=1)
+    return lambda: decisions.approve(ws.store, "kim", decision, "good").id
+
+
+def promoted(ws):
+    decision = another(ws, "decision-3", approvals_needed=1)
+    ws.approve(decision.id)
+    return lambda: rollout.promote(ws.store, "kim", decision).kind
+
+
+def proposed(ws):
+    settings, evaluator, version = ws.settings("support"), ws.evaluator(), ws.version("support@v4")
+    return lambda: ws.explain(decisions.propose(ws.store, "kim", settings, evaluator, version, None).id)
+
+
+def asked(ws):
+    plan, version = another(ws, "plan-3", attempt=9), ws.version("support@v4")
+    return lambda: rollout.is_released(ws.store, plan, version)
+
+
+@pytest.mark.parametrize("act", [proposed, approved, promoted, asked])
+def test_the_past_does_not_slow_a_release(grown, tmp_path, act):
+    counts = []
+    for past in (1, 50):
+        shutil.copytree(grown, tmp_path / f"past-{past}")
+        ws = ms.Workspace.open(tmp_path / f"past-{past}", actor="kim")
+        crowd(ws, past)
+        run, seen = act(ws), []
+        sql_event.listen(
+            ws.store.database.engine, "after_cursor_execute", lambda *a, seen=seen: seen.append(a[2])
+        )
+        assert run() is not None
+        counts.append(len(seen))
+        ws.close()
+    assert counts[0] == counts[1]
+
+
+def test_equal_documents_are_found_by_their_index(ws):
+    entry, seen = ws.record("decision-3"), []
+    listen = sql_event.listens_for(ws.store.database.engine, "before_cursor_execute")
+    listen(lambda *a: seen.append((a[2], a[3])))
+    with ws.store.database.read() as connection:
+        assert ledger.entries(connection, "decision", digest=entry.digest) == [entry]
+        (query,) = [(text, values) for text, values in seen if "FROM records" in text]
+        (plan,) = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {query[0]}", query[1]).all()
+    assert "ix_records_document" in plan[-1]
+
+
+def test_approvals_are_counted_once_per_actor_and_only_for_their_decision(ws):
+    crowd(ws, 2)
+    decision = another(ws, "decision-3", approvals_needed=2)
+    crowd(ws, 3)
+    for actor, reason in (("sam", "good"), ("kim", "fine"), ("sam", "once more")):
+        decisions.approve(ws.store, actor, decision, reason)
+    with ws.store.database.read() as connection:
+        assert decisions.approvers(connection, decision) == ("sam", "kim")
+        assert decisions.approvers(connection, ws.record("decision-3")) == ()
+
+
+def test_a_plan_released_its_version_even_when_that_was_taken_back(ws):
+    plan, version = ws.record("plan-3"), ws.version("support@v4")
+    assert not rollout.is_released(ws.store, plan, version)
+    ws.promote("decision-3")
+    assert rollout.is_released(ws.store, plan, version)
+    ws.rollback("support")
+    assert rollout.is_released(ws.store, plan, version)
+    assert not rollout.is_released(ws.store, ws.record("plan-2"), version)
 
 
 def test_a_version_of_another_model_cannot_be_rolled_back_to(ws):

@@ -60,9 +60,9 @@ def test_nothing_stored_needs_no_lease(store):
 def test_the_lease_is_there_before_the_pack(store, monkeypatch):
     inner = type(store.packs).write
 
-    def write(packs, new, progress=None):
-        assert held(store) == {ONE.digest, store.packs.name_of([ONE])}
-        return inner(packs, new, progress)
+    def write(packs, new, progress, salt):
+        assert held(store) == {ONE.digest, store.packs.name_of([ONE], salt)}
+        return inner(packs, new, progress, salt)
 
     monkeypatch.setattr(type(store.packs), "write", write)
     store.put([ONE])
@@ -106,9 +106,9 @@ def test_a_transaction_that_fails_keeps_the_lease(store):
 def slow_writing(monkeypatch, store, seconds):
     inner = type(store.packs).write
 
-    def slow(packs, new, progress=None):
+    def slow(packs, new, *options):
         time.sleep(seconds)
-        return inner(packs, new, progress)
+        return inner(packs, new, *options)
 
     monkeypatch.setattr(type(store.packs), "write", slow)
 

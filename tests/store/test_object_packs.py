@@ -132,8 +132,33 @@ def test_an_object_that_arrives_altered_is_refused_and_taken_away(s3_url, monkey
         packs.fs, "pipe_file", lambda path, body, **o: real(path, bytes(body)[:-1] + b"?", **o)
     )
     with pytest.raises(EnvironmentFailure, match="read back"):
-        packs.write([Blob.file(b"abc")])
+        packs.write([Blob.file(b"abc")], None, "mine")
     assert list(packs.names()) == []
+
+
+def test_an_upload_names_its_pack(s3_url):
+    packs = packs_at(s3_url())
+    bucket, _, prefix = packs.root.partition("/")
+    pack = packs.name_of([tensor(1.0)], "mine")
+    packs.fs.call_s3("create_multipart_upload", Bucket=bucket, Key=f"{prefix}/{pack[7:]}.safetensors")
+    ((name, _),) = packs.leftovers()
+    assert packs.becomes(name, pack)
+    assert not packs.becomes(name, packs.name_of([tensor(1.0)]))
+
+
+def test_a_pack_without_a_salt_is_left_for_whoever_read_it_back_well(monkeypatch):
+    url = f"memory://{secrets.token_hex(6)}/packs"
+    packs, other = packs_at(url), packs_at(url)
+
+    def garbled(_plan):
+        other.write([tensor(1.0)])
+        return False
+
+    monkeypatch.setattr(packs, "_holds", garbled)
+    with pytest.raises(EnvironmentFailure, match="read back"):
+        packs.write([tensor(1.0)])
+    (location,) = other.write([tensor(1.0)])
+    assert other.intact(location)
 
 
 def test_a_part_that_is_refused_leaves_nothing(s3_url, monkeypatch):

@@ -62,6 +62,7 @@ def test_a_temporary_names_its_pack(tmp_path):
     (location,) = packs.write([tensor(1.0)], lambda *_: seen.extend(packs.leftovers()))
     ((name, _),) = seen
     assert name.startswith(f".tmp-{location.pack[7:23]}-{os.getpid()}-")
+    assert packs.becomes(name, location.pack)
 
 
 def test_views_of_more_packs_than_are_mapped_at_once(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from tests import acme
 
 import meristem as ms
+from meristem.ecosystem import ledger
 from meristem.ecosystem.records import Plan
 from meristem.errors import (
     BadInput,
@@ -158,6 +159,25 @@ def test_a_store_that_cannot_be_written_does_not_hide_the_reason(released, copy,
     monkeypatch.setattr(updates.ledger, "set_status", full)
     with pytest.raises(TrainingFailed):
         ws.update("support", data=["b"], recipe={"learning_rate": 1e30})
+    ws.close()
+
+
+def test_an_update_that_was_closed_on_another_machine_makes_no_version(released, copy, monkeypatch):
+    """The lock of a run holds on one machine; the store tells the others at the commit."""
+    ws = ms.Workspace.open(copy(released))
+    train, before = updates.train, [v.label for v in ws.versions("support")]
+
+    def closed_meanwhile(store, update, *arguments, **options):
+        trained = train(store, update, *arguments, **options)
+        with store.transaction("lee", "no longer wanted") as tx:
+            ledger.set_status(tx, ledger.find(tx.connection, "update-2"), "closed")
+        return trained
+
+    monkeypatch.setattr(updates, "train", closed_meanwhile)
+    with pytest.raises(StateMoved, match="update-2 is closed by now"):
+        ws.update("support", data=["b"])
+    assert ws.record("update-2").status == "closed" and ws.verify().intact
+    assert [v.label for v in ws.versions("support")] == before
     ws.close()
 
 

@@ -50,11 +50,15 @@ def list_(as_json: JSON = False) -> None:
 
 @app.command("show")
 def show_(name: str, as_json: JSON = False) -> None:
-    """One data set: rows, shape, tasks, digests."""
+    """One data set: rows, shape, tasks, digests; of one that is gone: when, why, and the versions trained on it."""
     with opened() as ws:
         entry = ws.asset("dataset", name)
-        ws.refuse_given_up(entry)
-        show(as_json, {"data": entry.label, "digest": entry.digest, **entry.record.document()})
+        about = {"data": entry.label, "digest": entry.digest, **entry.record.document()}
+        if event := ws.given_up("dataset").get(entry.digest):
+            how = event.kind.partition(".")[2]
+            told = {"how": how, "event": event.sequence, "time": event.time, "actor": event.actor}
+            about["given_up"] = {**told, "reason": event.reason, "versions": event.data.get("versions", [])}
+        show(as_json, about)
 
 
 @app.command("delete")
@@ -64,7 +68,7 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", help="Really: the rows cannot be brought back.")] = False,
     as_json: JSON = False,
 ) -> None:
-    """Delete a data set (all its versions, or one) for good: on a privacy request."""
+    """Delete a data set (all its versions, or one) for good: on a privacy request. Exit 1: not done yet, repeat it."""
     with opened() as ws:
         entry = ws.asset("dataset", name)
         if not yes:
@@ -72,6 +76,8 @@ def delete(
             raise BadInput(f"this deletes {what} for good; repeat with --yes")
         found = ws.delete_data(name, reason)
         show(as_json, asdict(found), "\n".join(_lines(found)))
+        if found.unfinished:
+            raise typer.Exit(1)
 
 
 def _lines(found: Deletion) -> list[str]:

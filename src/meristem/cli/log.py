@@ -29,7 +29,7 @@ def show_(
     """Events, oldest first."""
     with opened() as ws:
         events = list(ws.events(last=last or None))
-        cells = [(e.sequence, e.time[:19], e.actor, e.kind, e.subject[7:19], e.reason) for e in events]
+        cells = [(e.sequence, f"{e.time[:19]}Z", e.actor, e.kind, e.subject[7:19], e.reason) for e in events]
         columns = ("event", "time", "actor", "kind", "subject", "reason")
         show(as_json, [asdict(e) for e in events], table("events", columns, cells))
 
@@ -58,7 +58,7 @@ def checkpoint(
     key: Annotated[Path | None, typer.Option(help="The private key's file.", envvar="MERISTEM_KEY")] = None,
     anchor: Annotated[Path | None, typer.Option(help="Append it to this file outside the workspace.")] = None,
     anchor_command: Annotated[
-        str | None, typer.Option(help="Give it to this command on its standard input.")
+        str | None, typer.Option(help="Let the shell run this command with it, one line, on its standard input.")
     ] = None,
     as_json: JSON = False,
 ) -> None:
@@ -69,6 +69,10 @@ def checkpoint(
         made = ws.checkpoint(key, anchor=anchor, anchor_command=anchor_command)
         document = {"sequence": made.sequence, "head": made.head, "key": made.key, "time": made.time}
         text = f"events 1 to {made.sequence} signed by {made.key[:12]}; head {made.head}"
+        if anchor:
+            text += f"\nappended to {anchor}"
+        if anchor_command:
+            text += f"\ngiven to {anchor_command}"
         if not (anchor or anchor_command):
             text += "\nkept in the workspace only: --anchor FILE keeps it where the workspace's writers cannot reach"
         show(as_json, {**document, "signature": made.signature.hex()}, text)
@@ -117,4 +121,4 @@ def _ranges(audit: Audit) -> list[str]:
 
 
 def _by(mark: Mark) -> str:
-    return f", by key {mark.key[:12]} at {(mark.time or '')[:19]}" if mark.key else ", as a head"
+    return f", by key {mark.key[:12]} at {(mark.time or '')[:19]}Z" if mark.key else ", as a head"

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from meristem.cli.startup import collector_at_rest
+
 if TYPE_CHECKING:
     from meristem.workspace import Workspace
 
@@ -61,8 +63,9 @@ def globals_(
 @contextmanager
 def opened() -> Iterator[Workspace]:
     """The workspace that the options name, with progress bars on stderr."""
-    from meristem.cli.progress import bars
-    from meristem.workspace import Workspace
+    with collector_at_rest():
+        from meristem.cli.progress import bars
+        from meristem.workspace import Workspace
 
     with bars() as progress:
         ws = Workspace.open(_folder(), actor=_given.actor, progress=progress)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 _SHOW_AFTER = 1.0  # seconds: quick work shows no bar
 
@@ -18,37 +19,52 @@ Report = Callable[[str, int, int, str], None]
 @contextmanager
 def bars() -> Iterator[Report]:
     """A ``progress(what, done, total, note)`` function. Off a terminal it prints one line per finished job."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield _plain()
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield _live(progress)
+    with ExitStack() as stack:
+        yield _live(stack)
 
 
-def _live(progress: Progress) -> Report:
+def _live(stack: ExitStack) -> Report:
+    """Bars that stay until ``stack`` is closed; there is nothing, Rich included, before the first one is due."""
+    progress: Progress | None = None
     tasks: dict[str, TaskID] = {}
     started: dict[str, float] = {}
 
     def report(what: str, done: int, total: int, note: str) -> None:
+        nonlocal progress
         begun = started.setdefault(what, time.monotonic())
         if what not in tasks:
-            if done < total and time.monotonic() - begun < _SHOW_AFTER and done > 0:
+            if done >= total:
+                started.pop(what)
                 return
+            if done > 0 and time.monotonic() - begun < _SHOW_AFTER:
+                return
+            progress = progress or stack.enter_context(_empty())
             tasks[what] = progress.add_task(what, total=total, note="")
+        assert progress is not None
         progress.update(tasks[what], completed=done, total=total, note=note)
         if done >= total:
             progress.remove_task(tasks.pop(what))
             started.pop(what, None)
 
     return report
+
+
+def _empty() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
 
 
 def _plain() -> Report:

@@ -24,10 +24,15 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: JSON = False,
 ) -> None:
-    """Retire what the rules in meristem.yaml give up, and free the space of what nothing needs."""
+    """Retire what the rules in meristem.yaml give up, and free the space of what nothing needs.
+
+    Exit 1 when something had to be left alone, with a line for each.
+    """
     with opened() as ws:
         found = ws.collect_garbage(dry_run=dry_run)
         show(as_json, {**asdict(found)}, "\n".join(_lines(found)))
+        if found.problems:
+            raise typer.Exit(1)
 
 
 @app.command("verify")

@@ -176,6 +176,11 @@ def _check(connection: Connection, model: str, name: str, to: str) -> None:
 def _moved(connection: Connection, model: str, name: str, expected_revision: int) -> StateMoved:
     old, found = _at(connection, model, name, expected_revision), read(connection, model, name)
     new = _label(connection, found.version if found else None)
+    revision = found.revision if found else 0
+    if not 0 <= expected_revision < revision:  # it was never there
+        return StateMoved(
+            f"{model}@{name} is at revision {revision} ({new}), not {expected_revision}; look at it and decide again"
+        )
     moved = f"moved from {old} to {new}" if old != new else f"moved away from {old} and back"
     return StateMoved(f"the {name} {moved}; compare with it and decide again")
 

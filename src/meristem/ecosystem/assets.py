@@ -32,12 +32,34 @@ class AssetEntry:
 def add(tx: Transaction, record: Asset) -> AssetEntry:
     """Add an asset as the next version of ``(kind, name)``; the same content again is the same asset.
 
-    Raises ``BadInput`` for one that was deleted on a request.
+    Raises ``BadInput`` for one that was deleted on a request, or that has a file of one.
     """
+    refuse_deleted(tx.connection, record)
+    entry = register(tx, record)
+    retirement.restore(tx, "asset", entry.digest)
+    return entry
+
+
+def refuse_deleted(connection: Connection, record: Asset) -> None:
+    """Raises ``BadInput`` if ``record`` was deleted for good, or something with one of its files, under any name.
+
+    To be asked before its bytes are stored again. What is here and was not given up stays as it is.
+    """
+    here = connection.scalar(select(table.c.digest).where(table.c.digest == record.digest))
+    if here and not retirement.event_of(connection, record.digest):
+        return
+    files = set(record.files.values())
+    for digest in sorted(retirement.all_deleted(connection)):
+        deleted = Asset.from_document(read_document(connection, digest))
+        if digest == record.digest or files & set(deleted.files.values()):
+            retirement.refuse(connection, digest)
+
+
+def register(tx: Transaction, record: Asset) -> AssetEntry:
+    """As ``add``, of an asset whose bytes may be given up."""
     digest = tx.add_document(record.document())
     found = tx.connection.execute(select(table).where(table.c.digest == digest)).first()
     if found:
-        retirement.restore(tx, "asset", digest)
         return AssetEntry(digest, found.kind, found.name, found.number, record)
     where = (table.c.kind == record.kind) & (table.c.name == record.name)
     number = (tx.connection.scalar(select(func.max(table.c.number)).where(where)) or 0) + 1

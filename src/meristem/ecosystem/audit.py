@@ -124,7 +124,7 @@ def _check_events(
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             problem = f"event {link.sequence}: its data do not say what happened ({error!r})"
             audit.report(problem, link.sequence)
-    projection.flush()
+    projection.check_moves()
     audit.head = evidence.head(connection)[1]
     return ring
 

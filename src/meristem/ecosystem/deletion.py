@@ -5,13 +5,14 @@ document (digest and counts), and one event with the reason and every version th
 it, which no deletion undoes.
 
 One transaction records the deletion and drops the index rows; then every pack that holds the bytes, in whatever place,
-is written anew without them. Cut off between the two, the same command finishes.
+is written anew without them, and what writers left unfinished goes. Cut off between the two, the same command finishes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, select
@@ -20,7 +21,15 @@ from meristem.data.datasets import ROWS_FILE, load_body
 from meristem.ecosystem import assets, ledger, retirement, scratch, versions
 from meristem.ecosystem.assets import AssetEntry
 from meristem.ecosystem.ledger import Entry
-from meristem.ecosystem.reach import FINISHED, blobs_of, given_up, learners, named_blobs, read
+from meristem.ecosystem.reach import (
+    FINISHED,
+    blobs_of,
+    given_up,
+    learners,
+    named_among,
+    named_blobs,
+    read,
+)
 from meristem.ecosystem.records import Asset, Plan, Signal, Update
 from meristem.ecosystem.retirement import DELETED
 from meristem.ecosystem.versions import VersionEntry
@@ -40,13 +49,15 @@ Rows = set[tuple[str, str]]
 class Deletion:
     """What was deleted, and what could not be. Each entry of the lists has a label and a digest.
 
-    ``states`` are method states that held rows; the weights of ``versions`` learned from it.
+    ``states`` are method states that held rows; the weights of ``versions`` learned from it. ``unfinished``: some of
+    ``kept`` is to be deleted still, by the same command once more.
     """
 
     data: list[dict[str, Any]] = field(default_factory=list)
     states: list[dict[str, Any]] = field(default_factory=list)
     versions: list[dict[str, Any]] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
+    unfinished: bool = False
     packs: int = 0
     bytes: int = 0
     folders: int = 0
@@ -71,10 +82,10 @@ def delete(
         learned = _learned(tx.connection, digests)
         found.versions = [{"label": version.label, "digest": version.digest} for version in learned]
         _give_up(store, tx, wanted, learned, reason, found)
-        doomed = _doomed(store, tx.connection, wanted, found, progress)
+        doomed, needed = _doomed(store, tx.connection, wanted, found, progress)
         index.forget(tx.connection, doomed)
         updates = _updates_on(tx.connection, digests)
-    _purge(store, doomed, found, progress)
+    _purge(store, doomed, needed, found, progress)
     found.folders = scratch.remove(scratch.runs_of(runs, updates))
     return found
 
@@ -171,9 +182,13 @@ def _states(learned: list[VersionEntry]) -> dict[str, str]:
 
 def _rows(store: Store, connection: Connection, wanted: list[AssetEntry]) -> Rows | None:
     """What identifies the rows of the data sets; None when some of them cannot be read any more."""
+    return rows_in(_read(store, connection, entry.record.files.get(ROWS_FILE, "")) for entry in wanted)
+
+
+def rows_in(bodies: Iterable[bytes | None]) -> Rows | None:
+    """What identifies the rows of data sets' files; None when one of them cannot be read."""
     found: Rows = set()
-    for entry in wanted:
-        body = _read(store, connection, entry.record.files.get(ROWS_FILE, ""))
+    for body in bodies:
         if body is None:
             return None
         found |= {(str(row["task"]), str(row["id"])) for row in load_body(body)}
@@ -181,9 +196,12 @@ def _rows(store: Store, connection: Connection, wanted: list[AssetEntry]) -> Row
 
 
 def _holds_rows(store: Store, connection: Connection, state: str, rows: Rows | None) -> bool:
-    """Whether a method state holds one of ``rows`` (None: any row). What cannot be read counts as held."""
     asset = Asset.from_document(read(connection, state))
-    bodies = [_read(store, connection, digest) for digest in asset.files.values()]
+    return hold_rows((_read(store, connection, digest) for digest in asset.files.values()), rows)
+
+
+def hold_rows(bodies: Iterable[bytes | None], rows: Rows | None) -> bool:
+    """Whether the files of a method state hold one of ``rows`` (None: any). What cannot be read counts as held."""
     return any(body is None or _has_row(parse(body), rows) for body in bodies)
 
 
@@ -211,21 +229,23 @@ def _doomed(
     wanted: list[AssetEntry],
     found: Deletion,
     progress: Progress | None,
-) -> set[str]:
-    """The blobs of all that was ever deleted and that nothing else names; those of ``wanted`` that stay are told."""
+) -> tuple[set[str], set[str]]:
+    """The blobs of all that was ever deleted and that nothing else names, and all that something names.
+
+    Those of ``wanted`` that stay are told.
+    """
     doomed = blobs_of(connection, retirement.all_deleted(connection))
-    held = leases.held(connection, store.database.now(connection))
-    if doomed & held:
-        raise StateMoved("somebody is storing the same bytes at this moment; repeat the command later")
     step = (lambda done, total: progress("documents", done, total)) if progress else None
-    for blob in named_blobs(connection, given_up(connection, retirement.all_given_up(connection)), step):
-        doomed.discard(blob)
+    needed = set(named_blobs(connection, given_up(connection, retirement.all_given_up(connection)), step))
+    doomed -= needed
+    if doomed & leases.held(connection, store.database.now(connection)):
+        raise StateMoved("somebody is storing the same bytes at this moment; repeat the command later")
     for entry in wanted:
         if set(entry.record.files.values()) - doomed:
             found.kept.append(
                 f"the rows of {entry.label}: {_namesakes(connection, entry)} has the same bytes"
             )
-    return doomed
+    return doomed, needed
 
 
 def _namesakes(connection: Connection, entry: AssetEntry) -> str:
@@ -247,15 +267,37 @@ def _updates_on(connection: Connection, data: set[str]) -> set[int]:
     return {number for number, update in found if data & set(update.data) or update.parent in learned}
 
 
-def _purge(store: Store, doomed: set[str], found: Deletion, progress: Progress | None) -> None:
-    """Write every pack anew that holds one of ``doomed``: the index names only one place of each."""
+def _purge(
+    store: Store, doomed: set[str], needed: set[str], found: Deletion, progress: Progress | None
+) -> None:
+    """Write every pack anew that holds one of ``doomed``: the index names only one place of each.
+
+    Before that, whatever dead writers left: nobody can say what is in it, and nobody can finish it.
+    """
+    left = [name for name, _ in store.packs.leftovers()]
+    dead = compaction.abandoned(store, left)
+    for name in dead:
+        store.packs.discard(name)
+    for name in set(left) - set(dead):
+        _keep(found, f"{name}: somebody writes this pack at this moment, and it may hold rows")
+    named = partial(named_among, known=needed)
     names = list(store.packs.names()) if doomed else []
     for done, pack in enumerate(names, start=1):
         try:
             if not doomed.isdisjoint(location.digest for location in store.packs.entries(pack)):
-                found.bytes += compaction.repack(store, pack)
-                found.packs += 1
+                freed = compaction.repack(store, pack, named)
+                if freed is None:
+                    _keep(found, f"pack {pack}: somebody stores or uses the same bytes at this moment")
+                else:
+                    found.bytes += freed
+                    found.packs += 1
         except Tampered as error:
-            found.kept.append(f"{error}; mend it (`meristem log verify` says more) and repeat the command")
+            if pack in store.packs.names():  # else gc was first
+                _keep(found, f"{error}; mend it (`meristem log verify` says more)")
         if progress:
             progress("packs", done, len(names))
+
+
+def _keep(found: Deletion, why: str) -> None:
+    found.kept.append(f"{why}; repeat the command")
+    found.unfinished = True

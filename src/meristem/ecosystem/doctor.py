@@ -16,11 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import Connection, func, inspect, select
+from sqlalchemy import Connection, Row, func, inspect, select
 
 from meristem.config import CONFIG_NAME, WorkspaceConfig, load_config
 from meristem.ecosystem import aliases, surroundings, versions
+from meristem.ecosystem.projection import MOVED
 from meristem.ecosystem.reach import FINISHED
 from meristem.ecosystem.surroundings import Status, Told, ok, problem, warning
 from meristem.errors import BadInput, EnvironmentFailure, MeristemError, Tampered
@@ -29,7 +31,7 @@ from meristem.store.canonical import digest_bytes, parse
 from meristem.store.evidence import Event
 from meristem.store.index import locate
 from meristem.store.local_packs import LocalPacks
-from meristem.store.schema import REVISION, blobs, checkpoints, events, records
+from meristem.store.schema import REVISION, alias_moves, blobs, checkpoints, events, records
 from meristem.store.schema import aliases as alias_table
 from meristem.store.schema import leases as lease_table
 from meristem.store.schema import versions as version_table
@@ -39,6 +41,7 @@ from meristem.store.threads import spread
 Progress = Callable[[str, int, int, str], None]  # what, done, total, note
 
 _FLOOR = 1 << 30  # bytes that should stay free beside what the next commit takes
+_LEAST = 16 << 20  # bytes without which a database cannot work
 _SKEW = 5.0  # seconds that two clocks may differ
 _SIGN_AFTER = 1000  # events without a signature over them, or
 _SIGN_DAYS = 30
@@ -103,20 +106,22 @@ def examine(
     root: Path,
     folder: Path,
     store_of: Callable[[WorkspaceConfig | None], Store],
+    check: Callable[[WorkspaceConfig], None],
     progress: Progress | None = None,
 ) -> Health:
     """Check the workspace in ``root`` with this machine's ``folder`` in it.
 
-    ``store_of`` makes the store from the configuration, or where it lies by default (None). Raises ``BadInput`` where
-    there is no workspace at all.
+    ``store_of`` makes the store from the configuration, or where it lies by default (None). ``check`` raises
+    ``BadInput`` for a configuration that can be read but not used. Raises ``BadInput`` where there is no workspace at
+    all.
     """
     if not (root / CONFIG_NAME).exists() and not folder.exists():
         raise BadInput(f"{root}: no workspace here; make one with `meristem init {root}`")
     done = _Examination()
     config: list[WorkspaceConfig] = []
-    done.run("configuration", lambda: _configuration(root, config))
+    done.run("configuration", lambda: _configuration(root, config, check))
     if not config and not (folder / DATABASE_FILE).exists():
-        done.reached = False  # nobody can say where the store is
+        done.reached = (root / CONFIG_NAME).exists()  # a slip in it is mended there; without it nobody knows the store
         done.run("permissions", lambda: surroundings.permissions(root, [folder]))
         return Health(done.findings, done.reached)
     stores: list[Store] = []
@@ -139,20 +144,25 @@ def examine(
 
 
 def _examine_store(done: _Examination, store: Store, progress: Progress | None) -> None:
-    if not done.run("schema", lambda: _schema(store), reaching=True):
+    readable = done.run("schema", lambda: _schema(store), reaching=True)
+    done.run("free space", lambda: _space(store, readable))  # a full disk may be why it is not
+    if not readable:
         return
     done.run("database", lambda: _database(store))
     there: list[set[str]] = []
     if done.run("packs", lambda: _packs(store, there, progress), reaching=True) and there:
         done.run("leftovers", lambda: _leftovers(store, there[0]))
+        done.run("bucket", lambda: _bucket(store))
     done.run("evidence", lambda: _evidence(store))
+    done.run("aliases", lambda: _aliases(store))
     done.run("clock", lambda: _clock(store))
-    done.run("free space", lambda: _space(store))
     done.run("updates", lambda: _updates(store))
     done.run("leases", lambda: _leases(store))
 
 
-def _configuration(root: Path, read: list[WorkspaceConfig]) -> Iterator[Told]:
+def _configuration(
+    root: Path, read: list[WorkspaceConfig], check: Callable[[WorkspaceConfig], None]
+) -> Iterator[Told]:
     path = root / CONFIG_NAME
     if not path.exists():
         yield problem(
@@ -161,6 +171,7 @@ def _configuration(root: Path, read: list[WorkspaceConfig]) -> Iterator[Told]:
         return
     try:
         read.append(load_config(path))
+        check(read[0])
     except BadInput as error:
         yield problem(str(error), f"mend that line of {path}")
     else:
@@ -256,6 +267,22 @@ def _leftovers(store: Store, there: set[str]) -> Iterator[Told]:
         yield ok("nothing is left of dead writers")
 
 
+def _bucket(store: Store) -> Iterator[Told]:
+    """Whether an S3 bucket keeps what is deleted from it. One that cannot say so is passed over."""
+    call = getattr(getattr(store.packs, "fs", None), "call_s3", None)
+    if call is None:
+        return
+    bucket = str(getattr(store.packs, "root", "")).partition("/")[0]
+    status = None
+    with suppress(Exception):  # not every server knows the request, and not every key may send it
+        status = call("get_bucket_versioning", Bucket=bucket).get("Status")
+    if status:  # a suspended one has kept what was deleted before
+        yield warning(
+            f"versioning of bucket {bucket} is {status.lower()}: packs removed by gc and `data delete` stay as old versions",
+            "let a lifecycle rule of the bucket expire noncurrent versions, or keep packs where there are none",
+        )
+
+
 def _lives(name: str) -> bool:
     """Whether the process in the name ``.DIGEST-PID-RANDOM`` of a temporary is alive (on this machine)."""
     with suppress(IndexError, ValueError, ProcessLookupError, PermissionError):
@@ -306,6 +333,59 @@ def _signed(connection: Connection, newest: int) -> Iterator[Told]:
     yield warning(text, sign) if late else ok(text)
 
 
+def _aliases(store: Store) -> Iterator[Told]:
+    """Whether every alias is where the evidence moved it, and the index has a place for every blob below it."""
+    with store.database.read() as connection:
+        held = {(row.model, row.alias): row for row in connection.execute(select(alias_table))}
+        moves = _last_moves(connection)
+        names: dict[str, list[str]] = {}
+        sound = True
+        for model, alias in sorted(held.keys() | moves.keys()):
+            row, move = held.get((model, alias)), moves.get((model, alias))
+            if row is not None:
+                names.setdefault(row.version, []).append(f"{model}@{alias}")
+            if row is None or move is None or not _agree(row, move):
+                sound = False
+                yield problem(f"{model}@{alias} is not where the evidence moved it", "`meristem log verify`")
+        for version, pointing in names.items():
+            named = _named(connection, version)
+            if lost := len(named) - len(locate(connection, named)):
+                sound = False
+                yield problem(
+                    f"{', '.join(pointing)}: {lost} of {len(named)} blobs are not in the index",
+                    "restore the packs from a backup, then `meristem store reindex`",
+                )
+    if sound:
+        yield ok(f"{len(held)} aliases are where the evidence moved them, with every blob below them")
+
+
+def _last_moves(connection: Connection) -> dict[tuple[str, str], Row[Any]]:
+    """The newest move of every alias, with its event."""
+    of_alias = (alias_moves.c.model, alias_moves.c.alias)
+    last = select(*of_alias, func.max(alias_moves.c.revision).label("revision")).group_by(*of_alias).subquery()
+    newest = (
+        (alias_moves.c.model == last.c.model)
+        & (alias_moves.c.alias == last.c.alias)
+        & (alias_moves.c.revision == last.c.revision)
+    )
+    query = select(alias_moves, events.c.body, events.c.hash).join(last, newest)
+    query = query.outerjoin(events, events.c.sequence == alias_moves.c.event)
+    return {(row.model, row.alias): row for row in connection.execute(query)}
+
+
+def _agree(row: Row[Any], move: Row[Any]) -> bool:
+    """Whether an alias's row, its last move and the event of that move say the same."""
+    if move.body is None or digest_bytes(move.body) != move.hash:
+        return False
+    event = Event.from_body(move.body)
+    told = tuple(event.data.get(name) for name in ("model", "alias", "revision"))
+    return (
+        event.kind == MOVED
+        and (row.model, row.alias, row.revision) == (move.model, move.alias, move.revision) == told
+        and row.version == move.version == event.subject
+    )
+
+
 def _clock(store: Store) -> Iterator[Told]:
     remedy = "set the clocks by NTP"
     with store.database.read() as connection:
@@ -325,17 +405,16 @@ def _clock(store: Store) -> Iterator[Told]:
         yield ok(f"{datetime.fromtimestamp(before, UTC):%Y-%m-%d %H:%M:%S} UTC, and no event is newer")
 
 
-def _space(store: Store) -> Iterator[Told]:
-    """Room for what the next commit and its checkout may take: both of the largest champion."""
-    free = shutil.disk_usage(store.root).free
-    with store.database.read() as connection:
-        champions = connection.scalars(
-            select(alias_table.c.version).where(alias_table.c.alias == aliases.CHAMPION)
-        ).all()
-        largest = max((_bytes(connection, digest) for digest in champions), default=0)
-    text = f"{_in_units(free)} free; the largest champion takes {_in_units(largest)}"
+def _space(store: Store, readable: bool) -> Iterator[Told]:
+    """Room for what the next commit and its checkout may take: both of the largest champion, if that is known."""
+    root = store.root.absolute()  # missing on a machine that has not worked with the team's store yet
+    free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
+    text, largest = f"{_in_units(free)} free", 0
+    if readable:
+        largest = _largest_champion(store)
+        text += f"; the largest champion takes {_in_units(largest)}"
     remedy = "free some space (`meristem store gc --dry-run` says what gc would give back)"
-    if free < 2 * largest:
+    if free < max(_LEAST, 2 * largest):
         yield problem(text, remedy)
     elif free < 2 * largest + _FLOOR:
         yield warning(text, remedy)
@@ -343,15 +422,25 @@ def _space(store: Store) -> Iterator[Told]:
         yield ok(text)
 
 
-def _bytes(connection: Connection, version: str) -> int:
-    """The bytes of a version with all that it sits on."""
+def _largest_champion(store: Store) -> int:
+    """The bytes of the largest champion with all that it sits on."""
+    with store.database.read() as connection:
+        champions = connection.scalars(
+            select(alias_table.c.version).where(alias_table.c.alias == aliases.CHAMPION)
+        ).all()
+        named = (locate(connection, _named(connection, digest)).values() for digest in champions)
+        return max((sum(location.length for location in found) for found in named), default=0)
+
+
+def _named(connection: Connection, version: str) -> set[str]:
+    """The blobs of a version with all that it sits on."""
     named: set[str] = set()
     digest = connection.scalar(select(version_table.c.content).where(version_table.c.digest == version))
     while digest:
         content = versions.content_of(connection, digest)
         named |= {*content.tensors.values(), *content.files.values()}
         digest = content.base
-    return sum(location.length for location in locate(connection, named).values())
+    return named
 
 
 def _updates(store: Store) -> Iterator[Told]:

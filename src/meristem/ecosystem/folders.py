@@ -200,7 +200,13 @@ def _with_base(body: bytes, base_folder: Path) -> bytes:
 
 
 def _write_weights(store: Store, content: Content, path: Path, progress: Progress | None) -> None:
-    locations = store.locations(set(content.tensors.values()))
+    digests = set(content.tensors.values())
+    store.placed(digests, lambda places: _write_from(store, places, content, path, progress))
+
+
+def _write_from(
+    store: Store, locations: dict[str, Location], content: Content, path: Path, progress: Progress | None
+) -> None:
     # As safetensors' own writer: widest elements first, then by name, so that every tensor is aligned.
     order = sorted(content.tensors.items(), key=lambda item: (-_width(locations[item[1]]), item[0]))
     header, starts = encode_header(

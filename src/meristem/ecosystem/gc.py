@@ -8,6 +8,8 @@ Three steps, each safe to be cut off and safe beside writers:
 3. pack by pack, under the write lock, remove those that no row and no lease names; write those anew of which less than
    half is needed.
 
+The index of blobs says what a pack is needed for. Should it have lost rows, nothing is removed.
+
 Documents and events are never removed.
 """
 
@@ -16,13 +18,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, select
 
 from meristem.ecosystem import records, retirement, scratch
-from meristem.ecosystem.reach import Reach, blobs_of, given_up, named_blobs, read
+from meristem.ecosystem.reach import Reach, blobs_of, given_up, named_among, named_blobs, read, sort_blobs
 from meristem.ecosystem.retirement import RETIRED, Noun
 from meristem.errors import Tampered
 from meristem.store import compaction, evidence, index, leases
@@ -82,6 +85,7 @@ class _Look:
 
     sequence: int
     retire: list[_Expired]
+    needed: set[str]
     dead: set[str]
     lost: set[str]  # documents whose blobs nothing keeps
     waste: Waste
@@ -99,8 +103,8 @@ def collect(
 ) -> Collection:
     """Collect the garbage of ``store`` under the rules ``retention`` (days per kind).
 
-    Nothing is written with ``dry_run``. Raises ``Tampered`` when documents are damaged and ``BadInput`` when they are
-    of a newer Meristem: what cannot be read might name what would be removed.
+    Nothing is written with ``dry_run``. Raises ``Tampered`` when documents are damaged or the index lacks a blob that
+    they name, and ``BadInput`` when they are of a newer Meristem: what cannot be read might name what would be removed.
     """
     runs = scratch.runs(store)  # before the look: see there
     with store.database.read() as connection:
@@ -110,7 +114,7 @@ def collect(
         _tell(store, look, found)
         return found
     _drop(store, actor, look, found)
-    _compact(store, found, progress)
+    _compact(store, look, found, progress)
     for name in _leftovers(store):
         store.packs.discard(name)
         found.leftovers += 1
@@ -134,7 +138,8 @@ class Reindexed:
 def reindex(store: Store, progress: Callable[[int, int], None] | None = None) -> Reindexed:
     """Make the index of blobs again from the packs alone, in one transaction.
 
-    Raises ``Tampered`` for a pack with a damaged header; then nothing has changed.
+    Raises ``Tampered`` for a pack with a damaged header, ``EnvironmentFailure`` when the packs are not there at all;
+    then nothing has changed.
     """
     packs, count = store.rebuild_index(progress)
     with store.database.read() as connection:
@@ -156,14 +161,13 @@ def _look(
     gone = retirement.all_given_up(connection)
     retire = _expired(connection, retention, gone, now) if retention else []
     lost = given_up(connection, gone | {item.digest for item in retire})
-    dead = set(connection.scalars(select(blobs.c.digest)))
     step = (lambda done, total: progress("documents", done, total)) if progress else None
-    for blob in named_blobs(connection, lost, step):
-        dead.discard(blob)
+    needed, dead = sort_blobs(connection, lost, step)
     dead -= leases.held(connection, now)
     return _Look(
         sequence=sequence,
         retire=retire,
+        needed=needed,
         dead=dead,
         lost=lost,
         waste=compaction.survey(store, connection, dead),
@@ -239,29 +243,34 @@ def _retire(tx: Transaction, items: list[_Expired], sequence: int, found: Collec
             found.retired.setdefault(item.kind, []).append(item.label)
 
 
-def _compact(store: Store, found: Collection, progress: Progress | None) -> None:
+def _compact(store: Store, look: _Look, found: Collection, progress: Progress | None) -> None:
+    named = partial(named_among, known=look.needed)
     with store.database.read() as connection:
         waste = compaction.survey(store, connection, set())
     found.problems += waste.problems
     total = len(waste.unused) + len(waste.thin)
     for done, pack in enumerate((*waste.unused, *waste.thin), start=1):
-        if pack in waste.unused:
-            freed = compaction.remove_unused(store, pack)
-            found.packs += freed is not None
-            found.bytes += freed or 0
+        unused = pack in waste.unused
+        try:
+            freed = (compaction.remove_unused if unused else compaction.repack)(store, pack, named)
+        except Tampered as error:
+            found.problems.append(f"{error}; left as it is, `meristem log verify` says more")
         else:
-            try:
-                found.bytes += compaction.repack(store, pack)
-                found.repacked += 1
-            except Tampered as error:
-                found.problems.append(f"{error}; left as it is, `meristem log verify` says more")
+            if freed is not None:  # else somebody came to need it, or does the same: the next run sees to it
+                found.packs += unused
+                found.repacked += not unused
+                found.bytes += freed
         if progress:
             progress("packs", done, total)
 
 
 def _leftovers(store: Store) -> list[str]:
-    """Temporaries of writers that cannot win any more: untouched for longer than a lease lasts."""
-    return [name for name, age in store.packs.leftovers() if age > store.lease_seconds]
+    """Temporaries of writers that cannot win any more: untouched for longer than a lease lasts, and not leased.
+
+    An upload's age counts from its beginning, however long it takes.
+    """
+    old = [name for name, age in store.packs.leftovers() if age > store.lease_seconds]
+    return compaction.abandoned(store, old)
 
 
 def _tell(store: Store, look: _Look, found: Collection) -> None:

@@ -26,6 +26,7 @@ from meristem.ecosystem.records import (
 )
 from meristem.errors import BadInput, StateMoved
 from meristem.store.database import stream
+from meristem.store.schema import events
 from meristem.store.schema import records as table
 from meristem.store.store import Transaction, read_document
 
@@ -126,7 +127,7 @@ def entries(
     last: int | None = None,
 ) -> list[Entry]:
     """Records of ``kind``, oldest first; with ``last``, only that many of the newest."""
-    query = select(table).where(table.c.kind == kind).order_by(table.c.number.desc())
+    query = select(table).where(table.c.kind == kind)
     if model is not None:
         query = query.where(table.c.model == model)
     if status is not None:
@@ -135,8 +136,11 @@ def entries(
         query = query.where(table.c.number == number)
     if digest is not None:
         query = query.where(table.c.document == digest)
-    rows = connection.execute(query if last is None else query.limit(last)).all()
-    return [_entry(connection, row) for row in reversed(rows)]
+    if last is not None:
+        query = query.order_by(table.c.number.desc()).limit(last)
+    # Without ``last`` sorted here: for the sake of an order SQLite would leave the index of the digests unused.
+    rows = sorted(connection.execute(query), key=lambda row: row.number)
+    return [_entry(connection, row) for row in rows]
 
 
 def newest_first(connection: Connection, kind: str, model: str) -> Iterator[Entry]:
@@ -144,6 +148,19 @@ def newest_first(connection: Connection, kind: str, model: str) -> Iterator[Entr
     query = select(table).where((table.c.kind == kind) & (table.c.model == model))
     for row in stream(connection, query.order_by(table.c.number.desc())):
         yield _entry(connection, row)
+
+
+def opened_after(connection: Connection, kind: str, entry: Entry) -> list[Entry]:
+    """Records of ``kind`` and of the same model that were opened after ``entry``, oldest first.
+
+    Only these can name it, so whoever looks for those that do reads no more of the history than this.
+    """
+    opened = (events.c.kind == f"{entry.kind}.opened") & (events.c.subject == entry.digest)
+    began = connection.scalar(select(func.min(events.c.sequence)).where(opened)) or 0
+    query = select(events.c.subject).where((events.c.kind == f"{kind}.opened") & (events.c.sequence > began))
+    digests = dict.fromkeys(connection.scalars(query.order_by(events.c.sequence)))
+    found = (record for digest in digests for record in entries(connection, kind, digest=digest))
+    return [record for record in found if record.model == entry.model]
 
 
 def _entry(connection: Connection, row: Row) -> Entry:

@@ -45,7 +45,8 @@ Values = tuple[Any, ...]
 Report = Callable[[str, int | None], None]
 _AT_ONCE = 2000
 _REMEMBERED = 50_000  # digests that need not be asked for twice in a row
-_CACHE_KIB = 32_768
+_CACHE_KIB = 4096
+MOVED, PROTECTED = "alias.moved", "alias.protected"
 _NO_VALUE = (
     sqlite3.InterfaceError,
     sqlite3.ProgrammingError,
@@ -74,6 +75,11 @@ def _asset_added(event: Event, data: dict[str, Any]) -> Iterable[tuple[str, Valu
 
 def _retired(event: Event, data: dict[str, Any]) -> Iterable[tuple[str, Values]]:
     yield "retired", (event.subject, event.sequence)
+
+
+def _deleted(event: Event, data: dict[str, Any]) -> Iterable[tuple[str, Values]]:
+    yield "deleted", (event.subject,)
+    yield from _retired(event, data)
 
 
 def _restored(event: Event, data: dict[str, Any]) -> Iterable[tuple[str, Values]]:
@@ -116,9 +122,9 @@ FOLDS: dict[str, Fold] = {
     "asset.added": _asset_added,
     "asset.retired": _retired,
     "asset.restored": _restored,
-    "asset.deleted": _retired,
-    "alias.moved": _alias_moved,
-    "alias.protected": _alias_protected,
+    "asset.deleted": _deleted,
+    MOVED: _alias_moved,
+    PROTECTED: _alias_protected,
     "evaluation.recorded": _evaluation_recorded,
     **{f"{kind}.opened": _record_opened for kind in KINDS},
 }
@@ -157,13 +163,20 @@ _STATEMENTS = {table.name: _insert(table) for table in PROJECTED.values()} | {
     "aliases": _insert(aliases, "INSERT OR REPLACE"),
     "retired": _insert(retired, "INSERT OR REPLACE"),
     "statuses": "UPDATE records SET status = ?, result = coalesce(?, result) WHERE kind = ? AND number = ? AND told_by < ?",
-    "restored": "DELETE FROM retired WHERE digest = ? AND ?",
+    "deleted": "INSERT OR IGNORE INTO deleted VALUES (?, ?)",
+    "restored": "DELETE FROM retired WHERE digest = ? AND digest NOT IN (SELECT digest FROM deleted) AND ?",
     "unprotected": "DELETE FROM alias_actors WHERE model = ? AND alias = ? AND ?",
 }
 # These wait in one queue with the rows of the table that they change. (Of a record only its opening must be written
 # before its statuses, which ask for it.)
-_IN_ORDER = {"restored": "retired", "unprotected": "alias_actors"}
-_FREELY = ("restored", "unprotected")  # may find nothing to change
+_IN_ORDER = {"restored": "retired", "deleted": "retired", "unprotected": "alias_actors"}
+_FREELY = ("deleted", "unprotected")  # may find nothing to change
+_UNCONNECTED = """
+    SELECT * FROM (
+        SELECT told_by, model, alias, revision, previous, lag(revision, 1, 0) OVER line AS last,
+            lag(version) OVER line AS version, lag(told_by, 1, 0) OVER line AS told_before
+        FROM alias_moves WINDOW line AS (PARTITION BY model, alias ORDER BY revision)
+    ) WHERE revision IS NOT last + 1 OR previous IS NOT version OR told_by < told_before"""
 
 
 class Projection:
@@ -182,6 +195,7 @@ class Projection:
         self._db.execute("BEGIN")
         for table in PROJECTED.values():
             self._db.execute(_made(table))
+        self._db.execute("CREATE TABLE deleted (digest PRIMARY KEY, told_by) WITHOUT ROWID")
         for name in ("documents", "blobs"):
             self._db.execute(f"CREATE TABLE wanted_{name} (digest PRIMARY KEY, source) WITHOUT ROWID")
         self._db.execute(
@@ -190,6 +204,7 @@ class Projection:
         self._queues: dict[str, list[tuple[str, Values]]] = defaultdict(list)
         self._wanted: dict[str, list[Values]] = {"documents": [], "blobs": []}
         self._recent: dict[str, set[str]] = {"documents": set(), "blobs": set()}
+        self._protectors: dict[tuple[str, str], list[str]] = {}  # of the few aliases that are protected now
 
     def close(self) -> None:
         self._db.close()
@@ -202,6 +217,8 @@ class Projection:
         fold = _fold_of(event.kind)
         if fold is None:
             return
+        if event.kind in (MOVED, PROTECTED):
+            self._check_actor(event)
         for statement, values in fold(event, event.data):
             queue = self._queues[_IN_ORDER.get(statement, statement)]
             queue.append((statement, (*values, event.sequence)))
@@ -209,6 +226,26 @@ class Projection:
                 if statement == "statuses":
                     self._flush(self._queues["records"])
                 self._flush(queue)
+
+    def _check_actor(self, event: Event) -> None:
+        """Report ``event`` if its alias was protected from its actor."""
+        alias = event.data["model"], event.data["alias"]
+        allowed = self._protectors.get(alias)
+        if allowed and event.actor not in allowed:
+            problem = f"{'@'.join(alias)} was protected from {event.actor}, only {', '.join(allowed)} might"
+            self.report(f"event {event.sequence}: {problem} do this", event.sequence)
+        if event.kind == PROTECTED:
+            self._protectors[alias] = event.data["actors"]
+            if not event.data["actors"]:
+                del self._protectors[alias]
+
+    def check_moves(self) -> None:
+        """Report every move of an alias that does not go on where the one before it led."""
+        self.flush()
+        for event, model, alias, revision, previous, last, version, _ in self._rows(_UNCONNECTED):
+            found = f"revision {last} at {version}" if last else "no move"
+            told = f"{model}@{alias} moves from {previous} to revision {revision}, and before it is {found}"
+            self.report(f"event {event}: {told}", event)
 
     def want(self, what: str, digest: str, source: int | str) -> None:
         """``source`` (an event's number or a document's digest) names ``digest``, so it should be there."""
@@ -329,6 +366,10 @@ class Projection:
             query = "SELECT 1 FROM records WHERE kind = ? AND number = ? AND told_by < ?"
             if self._one(query, kind, number, event) is None:
                 self.report(f"event {event}: there is no {kind}-{number} whose status could change", event)
+            return
+        if statement == "restored":
+            if deletion := self._one("SELECT told_by FROM deleted WHERE digest = ?", row[0]):
+                self.report(f"event {event}: it restores what event {deletion} deleted for good", event)
             return
         key = next(table for table in PROJECTED.values() if table.name == statement).primary_key
         where = " AND ".join(f'"{column.name}" = ?' for column in key)

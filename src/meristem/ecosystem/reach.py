@@ -7,18 +7,18 @@ Everything that any document names stays, unless the version or asset that it be
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 from sqlalchemy import Connection, func, select
 
 from meristem.ecosystem import aliases as alias_room
 from meristem.ecosystem.records import Asset, Content, Evaluation, Version, blob_schemas, references
-from meristem.ecosystem.retirement import DELETED, RETIRED
+from meristem.ecosystem.retirement import DELETED, RETIRED, all_given_up
 from meristem.errors import Tampered
 from meristem.store.canonical import digest_bytes, parse
 from meristem.store.database import stream
-from meristem.store.schema import alias_moves, aliases, assets, documents, events, records, versions
+from meristem.store.schema import alias_moves, aliases, assets, blobs, documents, events, records, versions
 
 GIVING_UP = tuple(f"{noun}.{verb}" for noun in ("version", "asset") for verb in (RETIRED, DELETED))
 FINISHED = ("done", "closed")  # updates that nobody will go on with
@@ -155,6 +155,42 @@ def named_blobs(
             yield from references(document)[1]
         if progress and (done % 64 == 0 or done == total):
             progress(done, total)
+
+
+def sort_blobs(
+    connection: Connection, without: set[str], progress: Callable[[int, int], None] | None = None
+) -> tuple[set[str], set[str]]:
+    """``(needed, dead)``: the blobs of the index that ``named_blobs`` tells of, and all others.
+
+    Raises ``Tampered`` when a needed one is not in the index: then its row is lost, and what holds the bytes looks like
+    waste. Else as ``named_blobs``.
+    """
+    needed: set[str] = set()
+    dead = set(connection.scalars(select(blobs.c.digest)))
+    missing: set[str] = set()
+    for blob in named_blobs(connection, without, progress):
+        if blob in dead:
+            dead.remove(blob)
+            needed.add(blob)
+        elif blob not in needed:
+            missing.add(blob)
+    if missing:
+        raise Tampered(
+            f"{len(missing)} blobs that documents name are not in the index, the first is {min(missing)}; nothing was "
+            "removed; run `meristem store reindex`, and restore from a backup what it does not find"
+        )
+    return needed, dead
+
+
+def named_among(connection: Connection, digests: set[str], known: Container[str]) -> set[str]:
+    """Those of ``digests`` that documents name at this moment. ``known``: all that were named a while ago.
+
+    What came into use since then has a row in the index, and is not asked for.
+    """
+    suspects = {digest for digest in digests if digest in known}
+    if not suspects:
+        return set()
+    return suspects.intersection(named_blobs(connection, given_up(connection, all_given_up(connection))))
 
 
 def blobs_of(connection: Connection, found: Iterable[str]) -> set[str]:

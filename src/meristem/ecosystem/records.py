@@ -30,7 +30,8 @@ class Record(BaseModel):
     decision or an event can reach, and so what an audit asks for and nothing may collect.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Built on first use: a command reads few kinds of record.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     SCHEMA: ClassVar[str]
     DOCUMENTS: ClassVar[tuple[str, ...]] = ()
     BLOBS: ClassVar[tuple[str, ...]] = ()

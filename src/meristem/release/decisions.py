@@ -61,9 +61,8 @@ def propose(
     )
     with store.transaction(actor, f"{version.label} judged against {case.champion.label}") as tx:
         decision = decision.model_copy(update={"policy": tx.add_document(case.policy.policy())})
-        for entry in ledger.entries(tx.connection, "decision", model=version.model):
-            if entry.digest == decision.digest:
-                return entry
+        if found := ledger.entries(tx.connection, "decision", digest=decision.digest):
+            return found[0]
         return ledger.open_record(tx, "decision", decision, version.model, status=decision.outcome)
 
 
@@ -88,16 +87,20 @@ def approve(store: Store, actor: str, decision: Entry, reason: str) -> Entry:
     with store.transaction(actor, reason or f"approved {decision.id}") as tx:
         if aliases.champion(tx.connection, record.model).revision != record.champion_revision:
             raise StateMoved(f"{decision.id} is void: the champion moved since; propose the version again")
-        for entry in ledger.entries(tx.connection, "approval", model=record.model):
-            if entry.as_(Approval).decision == decision.digest and entry.as_(Approval).actor == actor:
+        for entry in _approvals(tx.connection, decision):
+            if entry.as_(Approval).actor == actor:
                 return entry
         return ledger.open_record(tx, "approval", approval, record.model, status="given")
 
 
 def approvers(connection: Connection, decision: Entry) -> tuple[str, ...]:
     """Who approved a decision, each once."""
-    given = [entry.as_(Approval) for entry in ledger.entries(connection, "approval", model=decision.model)]
-    return tuple(dict.fromkeys(a.actor for a in given if a.decision == decision.digest))
+    return tuple(dict.fromkeys(entry.as_(Approval).actor for entry in _approvals(connection, decision)))
+
+
+def _approvals(connection: Connection, decision: Entry) -> list[Entry]:
+    given = ledger.opened_after(connection, "approval", decision)
+    return [entry for entry in given if entry.as_(Approval).decision == decision.digest]
 
 
 def _case(store: Store, settings: ModelSettings, version: VersionEntry, plan: Entry | None) -> _Case:

@@ -93,10 +93,13 @@ def is_released(store: Store, plan: Entry, version: VersionEntry) -> bool:
 def _is_released(connection: Connection, plan: Entry, version: VersionEntry) -> bool:
     if aliases.champion(connection, version.model).version == version.digest:
         return True
-    releases = [entry.as_(Release) for entry in ledger.entries(connection, "release", model=version.model)]
-    made = {release.decision for release in releases if release.version == version.digest}
-    decisions = ledger.entries(connection, "decision", model=version.model)
-    return any(entry.digest in made and entry.as_(Decision).plan == plan.digest for entry in decisions)
+    for entry in ledger.opened_after(connection, "release", plan):
+        release = entry.as_(Release)
+        if release.decision and release.version == version.digest:
+            decision = ledger.by_digest(connection, "decision", release.decision)
+            if decision.as_(Decision).plan == plan.digest:
+                return True
+    return False
 
 
 def check_bytes(store: Store, connection: Connection, version: VersionEntry) -> None:

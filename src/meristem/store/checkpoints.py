@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shlex
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -251,28 +250,25 @@ class Anchor:
 
 
 def pipe(checkpoint: Checkpoint, command: str) -> None:
-    """Give the checkpoint's line to ``command`` on its standard input, for a place that is no file here.
+    """Let the shell run ``command`` with the checkpoint's line on its standard input, for a place that is no file here.
 
     The command comes from the command line alone and never from a configuration: a workspace travels, and opening
     somebody's folder must not run what they wrote into it. Raises ``EnvironmentFailure`` unless it exits with 0.
     """
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise BadInput(f"--anchor-command: {error}") from error
-    if not words:
+    if not command.strip():
         raise BadInput("--anchor-command: give a command")
     try:
-        done = subprocess.run(words, input=checkpoint.line() + b"\n", capture_output=True, check=False)
+        line = checkpoint.line() + b"\n"
+        done = subprocess.run(command, shell=True, input=line, capture_output=True, check=False)
     except OSError as error:
         raise EnvironmentFailure(
-            f"{words[0]}: {error.strerror or error}; the head is not anchored"
+            f"{command}: {error.strerror or error}; the head is not anchored: mend that, then repeat the command"
         ) from error
     if done.returncode != 0:
         told = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise EnvironmentFailure(
-            f"{words[0]} ended with {done.returncode} ({' '.join(told) or 'it said nothing'}); the head is not "
-            "anchored: repeat the command"
+            f"{' '.join(command.split())} ended with {done.returncode} ({' '.join(told) or 'it said nothing'}); "
+            "the head is not anchored: mend that, then repeat the command"
         )
 
 
@@ -306,8 +302,15 @@ class _Examiner:
 
     def outside(self, anchor: list[tuple[str, Checkpoint]]) -> Mark | None:
         good: Mark | None = None
+        foreign = [where for where, line in anchor if line.genuine and line.store != self.store]
+        if foreign:  # told once, not for every line
+            self.report(
+                f"{foreign[0]}: this anchor is of another workspace, or the chain was computed anew from its first "
+                "event; give this workspace's own anchor if it is the wrong file",
+                1,
+            )
         for where, line in sorted(anchor, key=lambda entry: entry[1].sequence):
-            if self._holds(where, line, good):
+            if where not in foreign and self._holds(where, line, good):
                 good = Mark(line.sequence, line.key, line.time)
                 self._refuse_unless_kept(where, line)
         return good

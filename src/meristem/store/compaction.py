@@ -1,12 +1,14 @@
 """Giving back the space of packs: those that nothing needs go, those that are mostly dead are written anew.
 
-Safe beside writers: bytes are copied without any lock, but a pack is removed only under the write lock and only when
-no row of the index and no lease names it at that moment. Cut off anywhere, the next run finishes.
+Safe beside writers: bytes are copied under a lease and without any lock, but a pack is removed only under the write lock
+and only when no row of the index and no lease names it at that moment, and nothing in it is named by a document and
+unknown to the index. Cut off anywhere, the next run finishes.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -21,6 +23,10 @@ from meristem.store.schema import leases as lease_table
 from meristem.store.store import Store
 
 THIN = 0.5  # a pack of which less than this share is needed is written anew
+AT_ONCE = 256 << 20  # bytes of one new pack: a remote store's blobs are in memory while they are copied
+
+# Those of some digests that documents name. Asked before bytes go that the index does not find: it may be damaged.
+Named = Callable[[Connection, set[str]], set[str]]
 
 
 @dataclass
@@ -52,12 +58,16 @@ def survey(store: Store, connection: Connection, dead: set[str]) -> Waste:
                 if live[pack] < THIN * whole:
                     found.thin[pack] = whole - live[pack]
         except Tampered as error:
-            found.problems.append(f"{error}; left as it is, `meristem log verify` says more")
+            if pack in store.packs.names():  # else another collection was faster
+                found.problems.append(f"{error}; left as it is, `meristem log verify` says more")
     return found
 
 
-def remove_unused(store: Store, pack: str) -> int | None:
-    """Take ``pack`` away unless something needs it; returns the bytes freed, None when it had to stay."""
+def remove_unused(store: Store, pack: str, named: Named) -> int | None:
+    """Take ``pack`` away unless something needs it; returns the bytes freed, None when it had to stay.
+
+    Raises ``Tampered`` when it holds what a document names and no row of the index finds.
+    """
     with store.database.write() as connection:  # nobody can index or lease it meanwhile
         if connection.execute(select(blobs.c.digest).where(blobs.c.pack == pack).limit(1)).first():
             return None
@@ -67,61 +77,136 @@ def remove_unused(store: Store, pack: str) -> int | None:
             size = store.packs.size(pack)
         except Tampered:  # somebody else was first
             size = 0
+        else:
+            _refuse_lost(store, connection, pack, named)
         store.packs.remove(pack)
     return size
 
 
-def repack(store: Store, pack: str) -> int:
-    """Write what the index still finds in ``pack`` as a pack of its own, and remove the old one.
+def repack(store: Store, pack: str, named: Named) -> int | None:
+    """Write what the index still finds in ``pack`` as packs of their own, and remove the old one.
 
-    Returns the bytes freed: none when there was nothing to leave out. Every byte is checked on its way. Raises
-    ``Tampered`` when the pack is damaged; then nothing has changed.
+    Returns the bytes freed; None when the pack had to stay, since all of it is needed or somebody leases it. Every
+    byte is checked on its way, and no more than ``AT_ONCE`` of them (or one blob) are in memory. Raises ``Tampered``
+    when the pack is damaged, or as ``remove_unused`` does; then nothing is lost.
     """
-    places = _places(store, pack)
-    if not places:
-        return remove_unused(store, pack) or 0
+    written = 0
     try:
-        kept = [
-            Blob(place.digest, view, place.dtype, place.shape) for place, view in store.packs.views(places)
-        ]
+        with store.database.read() as connection:
+            places = _places(connection, pack)
+        if places and len(places) == len(list(store.packs.entries(pack))):
+            return None
+        while claim := _claim(store, pack):
+            written += _copy(store, pack, claim)
     except Tampered:
-        if not _places(store, pack):  # somebody else was first
-            return 0
-        raise
-    name = store.packs.name_of(kept)
-    if name == pack:
-        return 0
-    _copy(store, pack, name, kept)
-    freed = remove_unused(store, pack)
-    return 0 if freed is None else freed - store.packs.size(name)
+        with store.database.read() as connection:
+            if _places(connection, pack):
+                raise
+        # Else somebody else was first, and the pack is gone.
+    freed = remove_unused(store, pack, named)
+    return None if freed is None else freed - written
 
 
-def _copy(store: Store, pack: str, name: str, kept: list[Blob]) -> None:
+@dataclass(frozen=True)
+class _Claim:
+    """Part of what the index finds in a pack, under a lease together with the pack ``name`` that it becomes."""
+
+    lease: str
+    name: str
+    places: list[Location]
+
+
+def _claim(store: Store, pack: str) -> _Claim | None:
+    """What is to be copied next; None when the index finds nothing in ``pack`` any more.
+
+    Read and leased in one transaction: from here on nobody may take it for dead, and who deletes it is told to wait.
+    """
     with store.database.write() as connection:
-        digests = [blob.digest for blob in kept]
-        lease = leases.take(connection, [name, *digests], _expiry(store, connection))
+        group = _first(_places(connection, pack))
+        if not group:
+            return None
+        lease = leases.new()
+        name = store.packs.name_of(group, lease)
+        leases.take(connection, [name, *(x.digest for x in group)], _expiry(store, connection), lease)
+    return _Claim(lease, name, group)
+
+
+def _first(places: list[Location]) -> list[Location]:
+    """As many of ``places`` as fit into memory together, at least one."""
+    size = 0
+    for count, place in enumerate(places):
+        size += place.length
+        if count and size > AT_ONCE:
+            return places[:count]
+    return places
+
+
+def _copy(store: Store, pack: str, claim: _Claim) -> int:
+    """Write the new pack and let the index find everything there; returns its size.
+
+    If some of it is no longer to be found in ``pack`` (its lease had run out, or somebody else was faster), the new
+    pack goes again, with all that must not stay in it; returns 0.
+    """
     try:
-        with store.renewed(lease):
-            written = store.packs.write(kept)
+        with store.renewed(claim.lease):
+            kept = [Blob(x.digest, view, x.dtype, x.shape) for x, view in store.packs.views(claim.places)]
+            written = store.packs.write(kept, None, claim.lease)
         with store.database.write() as connection:
-            leases.check(connection, lease, store.database.now(connection))
-            still = set(connection.scalars(select(blobs.c.digest).where(blobs.c.pack == pack)))
-            index.move(connection, [place for place in written if place.digest in still])
-            leases.end(connection, lease)
+            leases.check(connection, claim.lease, store.database.now(connection))
+            leases.end(connection, claim.lease)
+            still = {place.digest for place in _places(connection, pack)}
+            whole = all(place.digest in still for place in written)
+            if whole:
+                index.move(connection, written)
     except BaseException:
-        with suppress(EnvironmentFailure, StateMoved), store.database.write() as connection:
-            leases.end(connection, lease)
+        with suppress(EnvironmentFailure, StateMoved):
+            with store.database.write() as connection:
+                leases.end(connection, claim.lease)
+            remove_unused(store, claim.name, _nothing)
         raise
+    if not whole:
+        remove_unused(store, claim.name, _nothing)
+        return 0
+    return store.packs.size(claim.name)
+
+
+def abandoned(store: Store, leftovers: Iterable[str]) -> list[str]:
+    """Those of ``Packs.leftovers`` whose writer holds no lease any more, so that it cannot win.
+
+    ``leftovers`` must have been listed before: a writer has its lease first.
+    """
+    leftovers = list(leftovers)
+    with store.database.read() as connection:
+        held = leases.held(connection, store.database.now(connection))
+    return [name for name in leftovers if not any(store.packs.becomes(name, pack) for pack in held)]
+
+
+def _nothing(_connection: Connection, _digests: set[str]) -> set[str]:
+    """Of a pack that was copied from another one nothing is lost with it."""
+    return set()
+
+
+def _refuse_lost(store: Store, connection: Connection, pack: str, named: Named) -> None:
+    try:
+        held = {location.digest for location in store.packs.entries(pack)}
+    except Tampered:  # its header is damaged: nobody can find anything in it
+        return
+    unfound = held - index.locate(connection, held).keys()
+    if lost := named(connection, unfound):
+        raise Tampered(
+            f"pack {pack[7:19]}... holds {min(lost)}, which a document names and the index does not; "
+            "run `meristem store reindex`"
+        )
 
 
 def _expiry(store: Store, connection: Connection) -> float:
     return store.database.now(connection) + store.lease_seconds
 
 
-def _places(store: Store, pack: str) -> list[Location]:
+def _places(connection: Connection, pack: str) -> list[Location]:
+    """What the index finds in ``pack``."""
     query = select(blobs).where(blobs.c.pack == pack).order_by(blobs.c.offset)
-    with store.database.read() as connection:
-        return [index.location_of(row) for row in connection.execute(query)]
+    return [index.location_of(row) for row in connection.execute(query)]
 
 
 def _leased(store: Store, connection: Connection, name: str) -> bool:

@@ -33,7 +33,7 @@ class Database(ABC):
     - A **read** transaction sees one snapshot from its first statement on, and keeps no writer waiting.
     - Failures are ``StateMoved`` (somebody else holds the lock: repeat) or ``EnvironmentFailure`` (disk, network,
       permission), in one line, and leave nothing half-written. When the connection breaks during a commit nobody can
-      say whether it happened: the message says so, and every command may be repeated.
+      say whether it happened: the message says so.
     - Numbers are whole up to 2**63 - 1 in every ``Big`` column, bytes come back as they went in, text sorts by its
       code points.
     """
@@ -60,7 +60,11 @@ class Database(ABC):
 
     @abstractmethod
     def problems(self) -> list[str]:
-        """What the back end itself finds damaged in its files; one line each."""
+        """What the back end itself finds wrong with its files and its settings; one line each."""
+
+    def damage(self) -> list[str]:
+        """Those of ``problems`` that are damage to what is stored, for a back end that can tell."""
+        return []
 
     @abstractmethod
     def _ready(self) -> None:
@@ -90,7 +94,9 @@ class Database(ABC):
     def revision(self) -> str:
         """The schema revision found. Raises ``EnvironmentFailure`` where there are no tables of a workspace."""
         if not self.exists():
-            raise EnvironmentFailure(f"{self.name}: not a workspace's database; restore it from a backup")
+            raise EnvironmentFailure(
+                f"{self.name}: there is no workspace in it; `meristem init` makes a new one, or restore it from a backup"
+            )
         with self.read() as connection:
             return _revision(connection)
 

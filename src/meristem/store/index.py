@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select
 
-from meristem.errors import Tampered
+from meristem.errors import EnvironmentFailure, Tampered
 from meristem.store.packs import Location, Packs
 from meristem.store.schema import blobs
 
@@ -65,10 +65,17 @@ def rebuild(
     """Make the index again from the headers of all packs; returns how many packs and blobs there are.
 
     Where two packs hold a digest the place in the first is taken. Raises ``Tampered`` for a pack whose header is not
-    the one that names it; then nothing is changed.
+    the one that names it, and ``EnvironmentFailure`` when no pack is found where the index knows some: more likely they
+    are elsewhere than gone. Then nothing is changed.
     """
-    connection.execute(delete(blobs))
     names = sorted(packs.names())
+    known = connection.scalar(select(func.count()).select_from(blobs)) or 0
+    if known and not names:
+        raise EnvironmentFailure(
+            f"no pack is found, and the index knows {known} blobs; mount the folder or mend `packs` in meristem.yaml "
+            "(or restore the packs from a backup), then repeat the command"
+        )
+    connection.execute(delete(blobs))
     for done, pack in enumerate(names, start=1):
         add(connection, packs.entries(pack))
         if progress:

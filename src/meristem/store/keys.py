@@ -217,14 +217,21 @@ def load_or_make(path: Path, workspace: Path) -> SigningKey:
 
 
 def load(path: Path, workspace: Path) -> SigningKey:
-    """The key in ``path``. Raises ``BadInput`` for what is no Ed25519 key in PEM, and for a file in ``workspace``."""
+    """The key in ``path``.
+
+    Raises ``BadInput`` for what is no Ed25519 key in PEM, for a file in ``workspace``, and for one that others than
+    its owner can read: whoever holds the key can sign a chain of their own.
+    """
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     refuse_inside(path, workspace, "a private key")
     try:
-        private = serialization.load_pem_private_key(path.read_bytes(), password=None)
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_mode & 0o077:
+                raise BadInput(f"{path}: others than its owner can read this private key; `chmod 600 {path}`")
+            private = serialization.load_pem_private_key(file.read(), password=None)
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such file; `meristem key add --file {path}` makes a key") from error
     except OSError as error:

@@ -19,9 +19,14 @@ from meristem.store.schema import lease_names, leases
 SECONDS = 900.0
 
 
-def take(connection: Connection, names: Iterable[str], expires: float) -> str:
-    """Lease ``names`` (digests of blobs and packs) until ``expires``; returns the lease's id."""
-    lease = secrets.token_hex(16)
+def new() -> str:
+    """An id that no lease has or ever had: the salt of the packs written under it."""
+    return secrets.token_hex(16)
+
+
+def take(connection: Connection, names: Iterable[str], expires: float, lease: str | None = None) -> str:
+    """Lease ``names`` (digests of blobs and packs) until ``expires``; returns the lease's id, ``new`` or given."""
+    lease = lease or new()
     connection.execute(insert(leases).values(id=lease, expires=expires))
     rows = [{"lease": lease, "name": name} for name in dict.fromkeys(names)]
     if rows:

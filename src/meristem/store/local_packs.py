@@ -28,7 +28,7 @@ _CHUNK = 4 << 20  # bytes between two calls of ``progress``
 _BUFFER = 1 << 18  # many small blobs become few system calls
 _MAPS = 64  # packs mapped at once: each costs an open file
 _SUFFIX = ".safetensors"
-_TEMPORARY = re.compile(r"\.tmp-[0-9a-f-]+")
+_TEMPORARY = re.compile(r"\.tmp-([0-9a-f]+)[0-9a-f-]*")  # the start of the pack's name
 
 
 class LocalPacks(Packs):
@@ -38,8 +38,10 @@ class LocalPacks(Packs):
     def path(self, pack: str) -> Path:
         return self.root / f"{pack.removeprefix(PREFIX)}{_SUFFIX}"
 
-    def write(self, blobs: Iterable[Blob], progress: Progress | None = None) -> list[Location]:
-        plan = layout(blobs)
+    def write(
+        self, blobs: Iterable[Blob], progress: Progress | None = None, salt: str = ""
+    ) -> list[Location]:
+        plan = layout(blobs, salt)
         if not plan.blobs:
             return []
         stem = plan.pack.removeprefix(PREFIX)[:16]
@@ -55,6 +57,13 @@ class LocalPacks(Packs):
         finally:
             files.discard(temporary)
         return plan.locations
+
+    def read(self, location: Location) -> bytes:
+        # Not from a mapping: see ``views``.
+        with self._opened(location.pack) as descriptor:
+            body = b"".join(map(bytes, _read(self.path(location.pack), descriptor, location)))
+        _check(location, [memoryview(body)])
+        return body
 
     def check(self, location: Location) -> None:
         with self._opened(location.pack) as descriptor:
@@ -127,6 +136,10 @@ class LocalPacks(Packs):
                 continue
             except OSError as error:
                 raise disk_failure(error, self.root / name) from error
+
+    def becomes(self, leftover: str, pack: str) -> bool:
+        found = _TEMPORARY.fullmatch(leftover)
+        return found is not None and pack.startswith(PREFIX + found[1])
 
     def discard(self, leftover: str) -> None:
         if not _TEMPORARY.fullmatch(leftover):

@@ -41,7 +41,7 @@ _RANGE = 8 << 20  # bytes of one download; neighbours are fetched together up to
 _ROUND = 32 << 20  # bytes asked for at once; two rounds are under way
 _FIRST = 1 << 16  # most headers fit into this
 _SUFFIX = ".safetensors"
-_LEFTOVER = re.compile(r"[0-9a-f]{64}\.safetensors\?uploadId=(.+)")
+_LEFTOVER = re.compile(r"([0-9a-f]{64})\.safetensors\?uploadId=(.+)")
 _DRIVERS = {"s3": "'meristem[s3]'", "s3a": "'meristem[s3]'", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs"}
 _NETWORK = ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "google", "azure", "asyncio")
 
@@ -66,15 +66,18 @@ class ObjectPacks(Packs):
     def path(self, pack: str) -> str:
         return f"{self.root}/{pack.removeprefix(PREFIX)}{_SUFFIX}"
 
-    def write(self, blobs: Iterable[Blob], progress: Progress | None = None) -> list[Location]:
-        plan = layout(blobs)
+    def write(
+        self, blobs: Iterable[Blob], progress: Progress | None = None, salt: str = ""
+    ) -> list[Location]:
+        plan = layout(blobs, salt)
         if not plan.blobs:
             return []
         # The same pack may be there already, and others may refer to it: a sound one is left alone.
         if not self._holds(plan):
             self._send(plan, progress)
             if not self._holds(plan):
-                self.remove(plan.pack)
+                if salt:  # else the name may be another writer's too, who read it back well
+                    self.remove(plan.pack)
                 raise EnvironmentFailure(
                     f"{self._label(plan.pack)}: what was read back is not what was sent; "
                     "check the network and repeat the command"
@@ -158,6 +161,10 @@ class ObjectPacks(Packs):
             if folder == self.root.partition("/")[2]:
                 yield f"{name}?uploadId={upload['UploadId']}", max(0.0, now - upload["Initiated"].timestamp())
 
+    def becomes(self, leftover: str, pack: str) -> bool:
+        found = _LEFTOVER.fullmatch(leftover)
+        return found is not None and pack == PREFIX + found[1]
+
     def discard(self, leftover: str) -> None:
         if not (found := _LEFTOVER.fullmatch(leftover)):
             raise ValueError(f"'{leftover}' is no unfinished upload of a pack")
@@ -166,7 +173,7 @@ class ObjectPacks(Packs):
             key = posixpath.join(prefix, leftover.partition("?")[0])
             with self._told():
                 try:
-                    self.fs.abort_mpu(bucket, key, found[1])
+                    self.fs.abort_mpu(bucket, key, found[2])
                 except FileNotFoundError as error:
                     if _no_bucket(error):
                         raise

@@ -6,8 +6,9 @@ packs' headers alone::
     tensor/sha256:...   a tensor with its dtype and shape      (digest: canonical.digest_tensor)
     file/sha256:...     a file's bytes, as a U8 vector         (digest: canonical.digest_bytes)
 
-A pack is named by the SHA-256 of its header. The header follows from the set of blobs, so the same blobs are
-the same pack, byte for byte.
+A pack is named by the SHA-256 of its header. The header follows from the set of blobs and the salt, so the same blobs
+under the same salt are the same pack, byte for byte. In a store every writer has a salt of its own, so that no name is
+ever used again; a bundle has none, so that it is the same wherever it was made.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from meristem.store.canonical import PREFIX, digest_bytes, digest_tensor, tensor_hash
 
@@ -38,8 +39,23 @@ DTYPE_SIZE = {
 Entries = dict[str, tuple[str, tuple[int, ...], int, int]]
 
 
+class _Entry:
+    """What its digest and its type say about an entry, with or without its bytes."""
+
+    digest: str
+    dtype: str | None
+
+    @property
+    def name(self) -> str:
+        return f"{'file' if self.dtype is None else 'tensor'}/{self.digest}"
+
+    @property
+    def alignment(self) -> int:
+        return DTYPE_SIZE[self.dtype] if self.dtype else 1
+
+
 @dataclass(frozen=True)
-class Blob:
+class Blob(_Entry):
     """Something to be stored: a tensor, or a file's bytes when ``dtype`` is None."""
 
     digest: str
@@ -61,20 +77,12 @@ class Blob:
         return cls(digest_bytes(data), data)
 
     @property
-    def name(self) -> str:
-        return f"{'file' if self.dtype is None else 'tensor'}/{self.digest}"
-
-    @property
-    def alignment(self) -> int:
-        return DTYPE_SIZE[self.dtype] if self.dtype else 1
-
-    @property
     def length(self) -> int:
         return memoryview(self.data).nbytes
 
 
 @dataclass(frozen=True)
-class Location:
+class Location(_Entry):
     """Where a digest's bytes lie: ``length`` bytes at absolute ``offset`` of ``pack``."""
 
     digest: str
@@ -104,6 +112,9 @@ class Location:
         return hashlib.sha256() if self.dtype is None else tensor_hash(self.dtype, self.shape)
 
 
+E = TypeVar("E", Blob, Location, Blob | Location)
+
+
 @dataclass(frozen=True)
 class Layout:
     """A pack before it is written: its name, its header, and its blobs with the place of each."""
@@ -118,15 +129,10 @@ class Layout:
         return len(self.header) + sum(location.length for location in self.locations)
 
 
-def layout(blobs: Iterable[Blob]) -> Layout:
+def layout(blobs: Iterable[Blob], salt: str = "") -> Layout:
     """How ``blobs`` lie in a pack of their own; one that is given twice lies there once."""
-    by_name = {blob.name: blob for blob in blobs}
-    # Widest elements first, so that every tensor is aligned for whoever maps the file.
-    unique = sorted(by_name.values(), key=lambda blob: (-blob.alignment, blob.name))
-    header, starts = encode_header(
-        ((blob.name, blob.dtype or "U8", blob.shape if blob.dtype else (blob.length,)) for blob in unique),
-        {"schema": SCHEMA},
-    )
+    unique = _in_order(blobs)
+    header, starts = _pack_header(unique, salt)
     pack = digest_bytes(header)
     locations = [
         Location(blob.digest, pack, start, blob.length, blob.dtype, blob.shape)
@@ -135,9 +141,23 @@ def layout(blobs: Iterable[Blob]) -> Layout:
     return Layout(pack, header, unique, locations)
 
 
-def name_of(blobs: Iterable[Blob]) -> str:
-    """The name that a pack of exactly ``blobs`` has."""
-    return layout(blobs).pack
+def name_of(entries: Iterable[Blob | Location], salt: str = "") -> str:
+    """The name that a pack of exactly ``entries`` has."""
+    return digest_bytes(_pack_header(_in_order(entries), salt)[0])
+
+
+def _in_order(entries: Iterable[E]) -> list[E]:
+    """Each entry once; widest elements first, so that every tensor is aligned for whoever maps the file."""
+    by_name = {entry.name: entry for entry in entries}
+    return sorted(by_name.values(), key=lambda entry: (-entry.alignment, entry.name))
+
+
+def _pack_header(entries: Iterable[Blob | Location], salt: str) -> tuple[bytes, list[int]]:
+    described = (
+        (entry.name, entry.dtype or "U8", entry.shape if entry.dtype else (entry.length,))
+        for entry in entries
+    )
+    return encode_header(described, {"schema": SCHEMA, **({"salt": salt} if salt else {})})
 
 
 def is_pack_name(name: str) -> bool:

@@ -37,8 +37,10 @@ class Packs(ABC):
     - It is never changed. Its name is the digest of its header, which names the digest of everything in it:
       no byte of it can change unnoticed.
     - Nothing is known about who refers to a pack. Whoever removes one makes sure that nobody does.
-    - Processes and threads may call anything at the same time. Two that write the same blobs write the same
-      pack, and both succeed.
+    - Processes and threads may call anything at the same time. Two that write the same blobs under the same salt
+      write the same pack, and both succeed.
+    - Whoever may remove packs beside writers has these give a salt that nobody else ever gives. No name is used twice
+      then: a removal that was held up, or whose request arrives late, takes nothing that came after.
 
     Every method raises ``EnvironmentFailure``, in one line with a remedy, when the disk or the network refuses
     (full, read-only, no permission, no such bucket, no connection, I/O error), and ``Tampered`` when bytes are
@@ -46,18 +48,21 @@ class Packs(ABC):
     """
 
     @abstractmethod
-    def write(self, blobs: Iterable[Blob], progress: Progress | None = None) -> list[Location]:
+    def write(
+        self, blobs: Iterable[Blob], progress: Progress | None = None, salt: str = ""
+    ) -> list[Location]:
         """Store ``blobs`` as one new pack and return where each lies, each distinct blob once.
 
+        The name follows from the blobs and ``salt``, which stands in the header.
         On return the pack is durable and visible, and has been read back and checked. No blobs: nothing is
         written. When it raises (also out of ``progress(done, total)``, which counts bytes and may be called
         from another thread), nobody can see a part of the pack: at worst a temporary is left (``leftovers``),
         or a whole pack that nobody refers to.
         """
 
-    def name_of(self, blobs: Iterable[Blob]) -> str:
-        """The name that ``write(blobs)`` gives the pack, known before it is written."""
-        return name_of(blobs)
+    def name_of(self, entries: Iterable[Blob | Location], salt: str = "") -> str:
+        """The name that ``write`` gives the pack of ``entries``, known before it is written."""
+        return name_of(entries, salt)
 
     def read(self, location: Location) -> bytes:
         """The bytes at ``location``, checked."""
@@ -80,7 +85,9 @@ class Packs(ABC):
     def views(self, locations: Iterable[Location]) -> Iterator[tuple[Location, memoryview]]:
         """The checked bytes of each location, in the order asked, without holding all of them in memory.
 
-        A view stays valid for as long as somebody holds it.
+        A view stays valid for as long as somebody holds it. It may be a mapped file: should the disk fail, or
+        somebody cut the file short, between the check and the use, the system ends the process (SIGBUS). ``read`` and
+        ``copy`` raise instead.
         """
 
     @abstractmethod
@@ -121,6 +128,10 @@ class Packs(ABC):
     @abstractmethod
     def leftovers(self) -> Iterator[tuple[str, float]]:
         """The unfinished temporaries of writers, dead or alive, with the seconds since each was last touched."""
+
+    @abstractmethod
+    def becomes(self, leftover: str, pack: str) -> bool:
+        """Whether ``leftover`` was to become ``pack``, as its name says."""
 
     @abstractmethod
     def discard(self, leftover: str) -> None:

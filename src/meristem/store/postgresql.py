@@ -18,9 +18,16 @@ from meristem.errors import BadInput, EnvironmentFailure, StateMoved
 from meristem.store.database import Database, begun
 from meristem.store.schema import events
 
-_CONNECT_SECONDS = 30
+# A peer that is gone (power, network) is noticed after about a minute, not after the system's two hours.
+_PATIENCE = {
+    "connect_timeout": 30, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}  # fmt: skip
+_IDLE = "5min"  # a writer that is suspended for longer loses its transaction, not everybody's time
 _CREATE_LOCK = 0x6D657269  # "meri": any number, the same for every creator
 # Classes of SQLSTATE that mean "somebody else was first": a deadlock or failed serialization, a lock not granted.
+_LOST = ("25P03", "57P01", "57P02")  # ended for idling, or with the server
+_REFUSED = ("08", "25", "28", "3D", "53", "57", "58")  # unreachable, read-only, password, no such, full, disk
 _MOVED = ("40", "55P03")
 
 
@@ -42,7 +49,7 @@ class PostgreSQL(Database):
         self.engine = create_engine(
             parsed.set(drivername="postgresql+psycopg"),
             pool_pre_ping=True,  # a server that was restarted meanwhile
-            connect_args={"connect_timeout": _CONNECT_SECONDS, "application_name": "meristem"},
+            connect_args={"application_name": "meristem", **_PATIENCE},
         )
         event.listen(self.engine, "begin", self._begin)
 
@@ -85,7 +92,16 @@ class PostgreSQL(Database):
             cause = " ".join(str(error.orig).split())
             if state.startswith(_MOVED):
                 raise StateMoved(f"{self.name}: another process is writing; try again") from error
-            if error.connection_invalidated or not state or state[:2] in ("08", "28", "3D", "53", "57", "58"):
+            if error.connection_invalidated or state in _LOST:
+                raise EnvironmentFailure(
+                    f"{self.name}: the connection was lost ({cause}); whether the last change was made is not known: "
+                    "look at `meristem log show` before you repeat it"
+                ) from error
+            if state[:2] == "28" or "password" in cause:
+                raise EnvironmentFailure(
+                    f"{self.name}: {cause}; set PGPASSWORD or write ~/.pgpass, and check the user"
+                ) from error
+            if not state or state[:2] in _REFUSED:
                 raise EnvironmentFailure(
                     f"{self.name}: {cause}; check the server and its log, then repeat the command"
                 ) from error
@@ -97,5 +113,6 @@ class PostgreSQL(Database):
         if connection.get_execution_options().get("write", False):
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = {int(self.busy_seconds * 1000)}")
             connection.exec_driver_sql("SET LOCAL synchronous_commit = on")
+            connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = '{_IDLE}'")
         else:
             connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")

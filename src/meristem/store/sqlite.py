@@ -51,6 +51,9 @@ class SQLite(Database):
         return self.path.exists() and super().exists()
 
     def problems(self) -> list[str]:
+        return self.damage()
+
+    def damage(self) -> list[str]:
         with self.read() as connection:
             found = list(connection.exec_driver_sql("PRAGMA integrity_check").scalars())
         return [] if found == ["ok"] else [f"{self.path}: {line}" for line in found]

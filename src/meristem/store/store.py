@@ -12,11 +12,11 @@ Whoever changes the workspace does it here::
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, insert, select
 
@@ -30,6 +30,7 @@ from meristem.store.schema import documents
 from meristem.store.sqlite import SQLite
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 DATABASE_FILE = "meristem.db"
 PACKS_FOLDER = "packs"
 
@@ -54,6 +55,7 @@ class Store:
     def put(self, blobs: Iterable[Blob], progress: Progress | None = None) -> Stored:
         """Write those blobs that the store does not hold yet as one pack, and lease all of them.
 
+        The lease's id salts the pack, so that its name was never used before.
         The lease ends with the transaction that gets the result (``Transaction.add_blobs``). Not to be called inside
         a transaction, which would wait for itself. Raises ``EnvironmentFailure`` when the disk refuses.
         """
@@ -67,11 +69,12 @@ class Store:
             for digest, location in known.items():
                 _refuse_disguise(unique[digest], location)
             new = [blob for digest, blob in unique.items() if digest not in known]
-            names = [*unique, *([self.packs.name_of(new)] if new else [])]
-            lease = leases.take(connection, names, self.database.now(connection) + self.lease_seconds)
+            lease = leases.new()
+            names = [*unique, *([self.packs.name_of(new, lease)] if new else [])]
+            leases.take(connection, names, self.database.now(connection) + self.lease_seconds, lease)
         try:
             with self.renewed(lease):
-                return Stored(lease, tuple(self.packs.write(new, progress)))
+                return Stored(lease, tuple(self.packs.write(new, progress, lease)))
         except BaseException:
             with suppress(EnvironmentFailure, StateMoved), self.database.write() as connection:
                 leases.end(connection, lease)
@@ -107,20 +110,32 @@ class Store:
 
     def read_blob(self, digest: str) -> bytes:
         """A blob's bytes, checked. Raises ``BadInput`` if unknown, ``Tampered`` if they do not match."""
-        location = self.location(digest)
+        return self.placed([digest], lambda places: self.packs.read(places[digest]))
+
+    def placed(self, digests: Collection[str], use: Callable[[dict[str, Location]], T]) -> T:
+        """``use`` called with the places of ``digests``; once again if a repacking moved some of them meanwhile."""
+        found = self.locations(digests)
         try:
-            return self.packs.read(location)
+            return use(found)
         except Tampered:
-            moved = self.location(digest)  # by a repacking, since the look-up
-            if moved == location:
+            moved = self.locations(digests)
+            if moved == found:
                 raise
-            return self.packs.read(moved)
+            return use(moved)
 
     def views(self, digests: Iterable[str]) -> Iterator[tuple[Location, memoryview]]:
         """Checked bytes of blobs, in the order asked; see ``Packs.views``."""
-        digests = list(digests)
-        found = self.locations(set(digests))
-        yield from self.packs.views([found[digest] for digest in digests])
+        left = list(digests)
+        while left:
+            found, done = self.locations(set(left)), 0
+            try:
+                for location, view in self.packs.views([found[digest] for digest in left]):
+                    yield location, view
+                    done += 1
+            except Tampered:
+                if self.locations(set(left)) == found:  # not moved by a repacking
+                    raise
+            left = left[done:]
 
     def rebuild_index(self, progress: Progress | None = None) -> tuple[int, int]:
         """Make the index of blobs again from the packs alone; returns the numbers of packs and blobs."""

@@ -108,6 +108,16 @@ class PacksContract:
         assert list(packs.names()) == []
         assert {location.pack for location in packs.write(mixed())} == {name}
 
+    def test_a_salt_makes_a_name_of_its_own(self, packs: Packs) -> None:
+        """What one writer removes is never what another one wrote."""
+        plain, mine, other = (packs.write(mixed(), None, salt) for salt in ("", "mine", "other"))
+        assert len({locations[0].pack for locations in (plain, mine, other)}) == 3
+        assert packs.name_of(mixed(), "mine") == packs.name_of(plain, "mine") == mine[0].pack
+        assert packs.write(mixed(), None, "mine") == mine
+        packs.remove(other[0].pack)
+        assert all(map(packs.intact, [*plain, *mine]))
+        assert list(packs.entries(mine[0].pack)) == mine
+
     def test_equal_tensors_are_stored_once(self, packs: Packs) -> None:
         locations = packs.write([tensor(1.0), tensor(2.0), tensor(1.0)])
         assert len(locations) == 2
@@ -372,6 +382,7 @@ class PacksContract:
         found = dict(packs.leftovers())
         assert len(found) == made
         assert all(0 <= age < 3600 for age in found.values())
+        assert not any(packs.becomes(name, location.pack) for name in [*found, "notes.txt"])
         assert list(packs.names()) == [location.pack]
         for _ in range(2):
             for name in found:

@@ -28,6 +28,7 @@ from meristem.data.datasets import by_task, load_rows
 from meristem.ecosystem import aliases, assets, checkouts, ledger, retirement, versions
 from meristem.ecosystem.folders import ingest
 from meristem.ecosystem.ledger import Entry
+from meristem.ecosystem.reach import FINISHED
 from meristem.ecosystem.records import Asset, Update, UpdateOutcome, Version, references
 from meristem.ecosystem.versions import VersionEntry
 from meristem.errors import (
@@ -279,8 +280,10 @@ def _commit(store: Store, actor: str, entry: Entry, trained: Trained) -> Version
                 seconds=round(trained.seconds, 3),
                 curve=trained.curve,
             )
-            if ledger.find(tx.connection, entry.id).status == "done":  # on another machine of the team
-                raise StateMoved(f"{entry.id} was finished by somebody else meanwhile; look at its version")
+            now = ledger.find(tx.connection, entry.id).status
+            if now in FINISHED:  # on another machine of the team
+                raise StateMoved(f"{entry.id} is {now} by now: somebody else ended it meanwhile; look at it")
+            retirement.refuse(tx.connection, *update.data, update.parent)
             ledger.set_status(tx, entry, "done", tx.add_document(outcome.document()))
             aliases.point(tx, update.model, aliases.CHALLENGER, created.digest)
     return created
@@ -299,7 +302,8 @@ def _note_stop(store: Store, actor: str, entry: Entry, error: BaseException) -> 
     if entry.status == status:
         return
     with suppress(EnvironmentFailure, StateMoved), store.transaction(actor, _reason(error)) as tx:
-        ledger.set_status(tx, entry, status)
+        if ledger.find(tx.connection, entry.id).status not in FINISHED:
+            ledger.set_status(tx, entry, status)
 
 
 def _reason(error: BaseException) -> str:

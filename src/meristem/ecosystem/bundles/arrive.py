@@ -13,7 +13,8 @@ from pathlib import Path
 
 from sqlalchemy import Connection, insert, select
 
-from meristem.ecosystem import aliases, assets, retirement, versions
+from meristem.data.datasets import ROWS_FILE
+from meristem.ecosystem import aliases, assets, deletion, retirement, versions
 from meristem.ecosystem.bundles import form
 from meristem.ecosystem.bundles.push import grouped
 from meristem.ecosystem.bundles.read import Arrival, read_bundle
@@ -155,14 +156,37 @@ def _present(connection: Connection, digests: Iterable[str]) -> set[str]:
 def _away(connection: Connection, arrival: Arrival) -> set[str]:
     """Versions and assets whose bytes are not taken in: absent in the bundle, or deleted here for good.
 
-    Rows that were deleted on a request do not come back under another name either.
+    Rows that were deleted on a request do not come back under another name either, nor in a method state.
     """
     deleted = retirement.all_deleted(connection)
     gone = [Asset.from_document(read_document(connection, digest)) for digest in deleted]
-    rows = {file for asset in gone if asset.kind == "dataset" for file in asset.files.values()}
-    data = {digest: asset for digest, asset in arrival.each(Asset).items() if asset.kind == "dataset"}
-    again = {digest for digest, asset in data.items() if rows & set(asset.files.values())}
-    return again | (deleted & set(arrival.documents)) | set(arrival.manifest.absent)
+    files = {file for asset in gone for file in asset.files.values()}
+    again = {
+        digest
+        for digest, asset in arrival.each(Asset).items()
+        if digest in deleted or files & set(asset.files.values())
+    }
+    return again | _states_with_rows(arrival, again) | set(arrival.manifest.absent)
+
+
+def _states_with_rows(arrival: Arrival, away: set[str]) -> set[str]:
+    """The method states of a bundle that hold rows of its data sets ``away``; any rows, if these cannot be read."""
+    found = arrival.each(Asset)
+    data = [found[digest] for digest in sorted(away) if found[digest].kind == "dataset"]
+    if not data:
+        return set()
+    rows = deletion.rows_in(_body(arrival, asset.files.get(ROWS_FILE, "")) for asset in data)
+    return {
+        digest
+        for digest, asset in found.items()
+        if asset.kind == deletion.METHOD_STATE
+        and digest not in arrival.manifest.absent
+        and deletion.hold_rows((_body(arrival, file) for file in asset.files.values()), rows)
+    }
+
+
+def _body(arrival: Arrival, digest: str) -> bytes | None:
+    return arrival.read(digest) if digest in arrival.places else None
 
 
 def _restorable(connection: Connection, arrival: Arrival) -> set[str]:
@@ -248,7 +272,7 @@ def _add(tx: Transaction, arrival: Arrival) -> Pulled:
                 _add_model(tx, record)
                 new_models.append(record.name)
         elif digest not in (known - restorable) | measured:
-            _add_record(tx, arrival, digest, record)
+            _add_record(tx, arrival, digest, record, away)
     for digest in sorted(away - known):
         _give_up(tx, arrival, digest)
     _point(tx, arrival, new_models, was_here)
@@ -268,12 +292,17 @@ def _add_model(tx: Transaction, model: Model) -> None:
     tx.append("model.added", digest, **row)
 
 
-def _add_record(tx: Transaction, arrival: Arrival, digest: str, record: Record | None) -> None:
+def _add_record(
+    tx: Transaction, arrival: Arrival, digest: str, record: Record | None, away: set[str]
+) -> None:
     """A document with its row; a version or an asset that had been given up here is there again."""
     if isinstance(record, Version):
         versions.create(tx, arrival.one(Content, record.content), record)
     elif isinstance(record, Asset):
-        assets.add(tx, record)
+        if digest not in away:
+            assets.add(tx, record)
+        else:  # given up at once
+            assets.register(tx, record)
     elif isinstance(record, Evaluation):
         _add_evaluation(tx, arrival, digest, record)
     else:
@@ -298,7 +327,7 @@ def _give_up(tx: Transaction, arrival: Arrival, digest: str) -> None:
         entry, content = versions.by_digest(tx.connection, digest), arrival.one(Content, record.content)
         retirement.give_up(tx, "version", digest, verb, reason, label=entry.label, kind=content.kind)
     elif isinstance(record, Asset):
-        label = assets.add(tx, record).label
+        label = assets.register(tx, record).label
         retirement.give_up(tx, "asset", digest, verb, reason, label=label, kind=record.kind)
 
 
