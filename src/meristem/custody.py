@@ -56,8 +56,9 @@ class Custody:
         from meristem.ecosystem import doctor
 
         root = Path(root)
-        made = lambda config: store_of(root, config)  # noqa: E731
-        return doctor.examine(root, root / STORE_FOLDER, made, _check_gates, progress)
+        return doctor.examine(
+            root, root / STORE_FOLDER, lambda config: store_of(root, config), _check_gates, progress
+        )
 
     def close(self) -> None:
         self.store.database.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sqlite3
 import sys
 from contextlib import closing
@@ -12,6 +13,8 @@ import pytest
 from tests.ecosystem import hf
 
 import meristem as ms
+from meristem.errors import EnvironmentFailure
+from meristem.store.local_packs import LocalPacks
 
 
 @pytest.fixture
@@ -112,6 +115,59 @@ def test_a_checkpoint_needs_a_key_a_place_outside_and_a_command_that_works(cli, 
     assert json.loads(out.read_text())["sequence"] == 4
     done = cli(ws, "log", "checkpoint", "--key", key, "--anchor-command", "false")
     assert done.code == 5 and len(done.err.splitlines()) == 1
+
+
+def test_a_checkpoint_says_where_it_went_and_a_command_is_the_shell_s(cli, ws, key, tmp_path):
+    anchor, out = tmp_path / "anchor.jsonl", tmp_path / "out"
+    command = f"cat > {out} && echo done"
+    done = cli(ws, "log", "checkpoint", "--key", key, "--anchor", anchor, "--anchor-command", command)
+    assert f"appended to {anchor}\ngiven to {command}" in done.out
+    assert out.read_bytes() == anchor.read_bytes()
+    done = cli(ws, "log", "checkpoint", "--key", key, "--anchor-command", "echo no such bucket >&2; false")
+    assert done.code == 5 and "no such bucket" in done.err and "repeat" in done.err
+
+
+def test_one_anchor_is_of_one_workspace(cli, ws, key, tmp_path):
+    other = tmp_path / "other"
+    ms.Workspace.create(other, actor="kim").close()
+    assert cli(other, "key", "add", "--file", key).code == 0
+    anchor = tmp_path / "anchor.jsonl"
+    cli(ws, "log", "checkpoint", "--key", key, "--anchor", anchor)
+    _move(ws, "canary")
+    cli(ws, "log", "checkpoint", "--key", key, "--anchor", anchor)
+    held = anchor.read_bytes()
+    done = cli(other, "log", "checkpoint", "--key", key, "--anchor", anchor)
+    assert done.code == 2 and "another workspace" in done.err and anchor.read_bytes() == held
+    done = cli(other, "log", "verify", "--anchor", anchor)
+    assert done.code == 1 and "1 problems" in done.out  # both of its lines are one mistake, or one attack
+    assert "this anchor is of another workspace, or the chain was computed anew from its first" in done.out
+
+
+def test_a_store_that_cannot_be_read_is_exit_5_and_no_tampering(cli, ws, monkeypatch):
+    def refuse(*_):
+        raise EnvironmentFailure("Forbidden; check the credentials")
+
+    for method in ("entries", "views"):
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalPacks, method, refuse)
+            done = cli(ws, "log", "verify")
+        assert done.code == 5 and "TAMPERED" not in done.out and "Forbidden" in done.err
+
+
+def test_damage_that_sqlite_finds_in_its_file_is_a_problem(cli, ws, monkeypatch):
+    path = ws / ".meristem" / "meristem.db"
+    with closing(sqlite3.connect(path)) as db, db:  # an index that lacks the rows of its table
+        db.execute("PRAGMA writable_schema = ON")
+        db.execute(
+            "UPDATE sqlite_schema SET sql = replace(sql, '(kind)', '(subject)') WHERE name = 'ix_events_kind'"
+        )
+    done = cli(ws, "log", "verify")
+    assert done.code == 1 and f"{path}: " in done.out and "ix_events_kind" in done.out
+
+
+def test_times_say_their_zone(cli, ws):
+    assert re.search(r"\d\d:\d\d:\d\dZ", cli(ws, "log", "show").out)
+    assert re.search(r"\d\d:\d\d:\d\dZ", cli(ws, "alias", "history", "base@champion").out)
 
 
 def test_show_gives_the_newest_events(cli, ws):

@@ -20,9 +20,9 @@ from tests.acme import state
 from tests.ecosystem import hf
 
 import meristem as ms
-from meristem.ecosystem import doctor, ledger, surroundings
+from meristem.ecosystem import doctor, ledger, surroundings, versions
 from meristem.ecosystem.records import Update
-from meristem.errors import BadInput
+from meristem.errors import BadInput, EnvironmentFailure
 from meristem.store import leases
 from meristem.store.evidence import Event
 from meristem.store.packs import Blob, packs_at
@@ -95,6 +95,12 @@ def test_a_configuration_that_cannot_be_read(ws, text):
     assert of(health, "packs", "ok") and health.exit_code == 1  # the rest is looked at all the same
 
 
+def test_a_slip_in_a_team_s_configuration_is_a_problem_and_nothing_out_of_reach(tmp_path):
+    (tmp_path / "meristem.yaml").write_text("schema: meristem/workspace/v1\nstor: postgresql://team/db\n")
+    health = examined(tmp_path)
+    assert "stor" in only(health, "configuration", "problem").text and health.exit_code == 1
+
+
 def test_a_configuration_that_is_gone(ws):
     (ws.root / "meristem.yaml").unlink()
     assert "meristem init" in only(examined(ws.root), "configuration", "problem").remedy
@@ -163,7 +169,7 @@ def test_a_damaged_database_and_a_damaged_index(ws):
 
 
 def test_packs_that_are_gone_or_cut_short(ws):
-    (path,) = (ws.root / ".meristem/packs").iterdir()
+    (path,) = (ws.root / ".meristem/packs").glob("*.safetensors")
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     assert "1 of 1 packs are gone or cut short" in only(examined(ws.root), "packs", "problem").text
@@ -273,11 +279,93 @@ def test_the_signing_key(ws, tmp_path, monkeypatch):
     assert told(outside).remedy == f"`chmod 600 {outside}`"
 
 
-@pytest.mark.parametrize(("free", "status"), [(10, "problem"), (1 << 20, "warning"), (1 << 40, "ok")])
+@pytest.mark.parametrize(("free", "status"), [(10, "problem"), (64 << 20, "warning"), (1 << 40, "ok")])
 def test_free_space(ws, monkeypatch, free, status):
     usage = type(shutil.disk_usage(ws.root))(1 << 41, 1 << 40, free)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
     assert "the largest champion takes 1" in only(examined(ws.root), "free space", status).text
+
+
+def test_a_full_disk_is_told_even_when_the_database_cannot_be_read(ws, monkeypatch):
+    def refuse(*_):
+        raise EnvironmentFailure("disk I/O error; check space and permissions, then repeat the command")
+
+    usage = type(shutil.disk_usage(ws.root))(1 << 41, 1 << 41, 0)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(type(ws.store.database), "read", refuse)
+    health = examined(ws.root)
+    assert only(health, "free space", "problem").text == "0 bytes free" and health.exit_code == 5
+
+
+def test_free_space_on_a_machine_that_has_not_worked_with_the_store_yet(ws, tmp_path):
+    (tmp_path / "second").mkdir()
+    config = (ws.root / "meristem.yaml").read_text()
+    (tmp_path / "second/meristem.yaml").write_text(f"{config}packs: {ws.root}/.meristem/packs\n")
+    ws.store.root = tmp_path / "second/.meristem"  # the database of the first machine stands in for a server
+    health = doctor.examine(
+        tmp_path / "second", tmp_path / "second/.meristem", lambda config: ws.store, lambda config: None
+    )
+    assert of(health, "free space") and not of(health, "free space", "problem") and health.exit_code == 0
+
+
+def test_a_champion_that_has_lost_bytes(ws):
+    (path,) = (ws.root / ".meristem/packs").glob("*.safetensors")
+    whole = path.read_bytes()
+    ws.store.packs.write([Blob.file(b"of something else")])  # with no pack at all `reindex` refuses
+    path.unlink()
+    ws.reindex()
+    health = examined(ws.root)
+    found = only(health, "aliases", "problem")
+    assert "base@champion: 6 of 6 blobs are not in the index" in found.text and health.exit_code == 1
+    assert found.remedy == "restore the packs from a backup, then `meristem store reindex`"
+    path.write_bytes(whole)
+    ws.reindex()
+    assert examined(ws.root).problems == 0
+
+
+def test_bytes_lost_below_an_adapter(ws, tmp_path):
+    ws.add_model("law", tier="industrial", base="base", source=str(hf.adapter(tmp_path / "adapter")))
+    base = ws.version("base").content
+    with ws.store.database.write() as connection:
+        below = versions.content_of(connection, base).tensors.values()
+        connection.execute(blobs.delete().where(blobs.c.digest.in_(list(below))))
+    assert "law@champion" in " ".join(f.text for f in of(examined(ws.root), "aliases", "problem"))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "update aliases set version = 'sha256:0'",
+        "update aliases set revision = 9",
+        "update aliases set alias = 'canary'",
+        "update alias_moves set version = 'sha256:0'",
+        "update alias_moves set event = 1",
+        "delete from aliases",
+        "delete from alias_moves",
+        "update events set hash = subject where kind = 'alias.moved'",
+    ],
+)
+def test_an_alias_moved_behind_the_log_s_back(ws, statement):
+    with ws.store.database.write() as connection:
+        connection.exec_driver_sql(statement)
+    found = of(examined(ws.root), "aliases", "problem")
+    assert "base@champion is not where the evidence moved it" in " ".join(f.text for f in found)
+    assert found[-1].remedy == "`meristem log verify`"
+
+
+@pytest.mark.parametrize("where", ["defaults: {gates: [%s]}", "models: {base: {gates: [%s]}}"])
+@pytest.mark.parametrize(
+    ("gate", "told"),
+    [
+        ("{gate: improvement, suites: new, confidence: 0.5}", "confidence"),
+        ("{gate: no-such-gate, suites: new}", "unknown gate"),
+    ],
+)
+def test_a_gate_that_cannot_be_built(ws, where, gate, told):
+    (ws.root / "meristem.yaml").write_text(f"schema: meristem/workspace/v1\n{where % gate}\n")
+    health = examined(ws.root)
+    assert told in only(health, "configuration", "problem").text
+    assert of(health, "packs", "ok") and health.exit_code == 1
 
 
 def opened_update(ws, status):

@@ -19,7 +19,7 @@ from meristem.ecosystem.records import Asset, Decision, Evaluation, Plan, Signal
 from meristem.errors import BadInput, EnvironmentFailure, StateMoved, Tampered
 from meristem.store import compaction, evidence, index, leases, schema
 from meristem.store.canonical import canonical, digest_bytes
-from meristem.store.packs import Blob
+from meristem.store.packs import OWNER, Blob
 from meristem.store.store import Store
 
 ALL = {"adapter": 1, "full": 1, "dataset": 1, "suite": 1, "recipe": 1, "method-state": 1}
@@ -644,7 +644,10 @@ def test_packs_that_are_elsewhere_leave_the_index_as_it_is(store, line):
     store.packs.root.mkdir()  # a mount point without its mount
     with pytest.raises(EnvironmentFailure, match="mend `packs`"):
         gc.reindex(store)
-    store.packs.root.rmdir()
+    shutil.copy(elsewhere / OWNER, store.packs.root)  # the right place, and no pack in it
+    with pytest.raises(EnvironmentFailure, match="mend `packs`"):
+        gc.reindex(store)
+    shutil.rmtree(store.packs.root)
     elsewhere.rename(store.packs.root)
     assert tree(store) == before
 
@@ -680,7 +683,7 @@ def test_what_was_forgotten_while_it_was_copied_leaves_no_copy(store, monkeypatc
     monkeypatch.setattr(type(store.packs), "write", late)
     assert compaction.repack(store, pack, lambda *_: set())
     assert store.read_blob(named.digest) == named.data
-    assert all(b"forgotten" not in path.read_bytes() for path in store.packs.root.iterdir())
+    assert all(b"forgotten" not in path.read_bytes() for path in store.packs.root.glob("*.safetensors"))
 
 
 def test_what_is_being_packed_anew_cannot_be_dropped(store, monkeypatch):

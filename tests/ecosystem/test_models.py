@@ -47,7 +47,7 @@ def test_a_model_without_a_source_is_its_base_as_it_is(store, add):
     base, tuned = add("base"), add("law", "industrial", base="base")
     assert (tuned.content, tuned.record.base) == (base.content, base.digest)
     assert tuned.digest != base.digest
-    assert len(list(store.packs.root.iterdir())) == 1
+    assert len(list(store.packs.root.glob("*.safetensors"))) == 1
 
 
 def test_a_version_pins_its_base_version(store, add):
@@ -76,9 +76,9 @@ def test_an_adapter_over_an_adapter_sits_on_the_full_weights(store, add, tmp_pat
 
 def test_an_adapter_stores_only_its_own_tensors(store, add, tmp_path):
     add("base")
-    (first,) = store.packs.root.iterdir()
+    (first,) = store.packs.root.glob("*.safetensors")
     add("law", "industrial", base="base", source=hf.adapter(tmp_path / "a"))
-    (second,) = set(store.packs.root.iterdir()) - {first}
+    (second,) = set(store.packs.root.glob("*.safetensors")) - {first}
     names = [location.digest for location in store.packs.entries("sha256:" + second.stem)]
     assert len(names) == 3  # lora_A, lora_B, adapter_config.json
 
@@ -116,7 +116,7 @@ def test_what_does_not_fit_the_tree_is_refused_and_changes_nothing(store, add, t
 def state(store):
     with store.database.read() as connection:
         stored = [list(connection.execute(table.select())) for table in (documents, events)]
-    return stored, sorted(store.packs.root.iterdir())
+    return stored, sorted(store.packs.root.glob("*.safetensors"))
 
 
 def test_bases_are_listed_before_what_stands_on_them(store, add):
@@ -271,12 +271,12 @@ def _install(monkeypatch, folder):
 @pytest.mark.llm
 def test_the_embedded_model_is_converted_and_stored_once(store, monkeypatch):
     first = models.add(store, "kim", "smollm2", "foundation", "embedded", None)
-    size = sum(path.stat().st_size for path in store.packs.root.iterdir())
+    size = sum(path.stat().st_size for path in store.packs.root.glob("*.safetensors"))
     assert size > 250_000_000
     monkeypatch.setattr(sources, "_convert", None)
     second = models.add(store, "kim", "again", "foundation", "embedded", None)
     assert second.content == first.content
-    assert sum(path.stat().st_size for path in store.packs.root.iterdir()) == size
+    assert sum(path.stat().st_size for path in store.packs.root.glob("*.safetensors")) == size
     with store.database.read() as connection:
         content = versions.content_of(connection, first.content)
     config = json.loads(store.read_blob(content.files["config.json"]))

@@ -84,7 +84,8 @@ def history(
         ]
         columns = ("revision", "from", "to", "actor", "time", "reason")
         cells = [
-            (r["revision"], r["from"] or "", r["to"], r["actor"], f"{r['time'][:19]}Z", r["reason"]) for r in rows
+            (r["revision"], r["from"] or "", r["to"], r["actor"], f"{r['time'][:19]}Z", r["reason"])
+            for r in rows
         ]
         show(as_json, rows, table("moves", columns, cells))
 

@@ -58,7 +58,8 @@ def checkpoint(
     key: Annotated[Path | None, typer.Option(help="The private key's file.", envvar="MERISTEM_KEY")] = None,
     anchor: Annotated[Path | None, typer.Option(help="Append it to this file outside the workspace.")] = None,
     anchor_command: Annotated[
-        str | None, typer.Option(help="Let the shell run this command with it, one line, on its standard input.")
+        str | None,
+        typer.Option(help="Let the shell run this command with it, one line, on its standard input."),
     ] = None,
     as_json: JSON = False,
 ) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, LargeBinary, Table, cast, func, select
 
 from meristem.ecosystem.projection import Projection, named_by
 from meristem.ecosystem.records import Asset, Content, references
-from meristem.errors import BadInput, EnvironmentFailure, MeristemError, Tampered
+from meristem.errors import BadInput, Tampered
 from meristem.store import checkpoints, evidence, keys
 from meristem.store.canonical import digest_bytes, parse
 from meristem.store.checkpoints import Checkpoint, Mark
@@ -78,13 +78,16 @@ def verify(
     """Check the chain, every signature, every document, every blob and every pointer of the workspace.
 
     ``expected_head`` is a hash and ``anchor`` a list of checkpoints (``Anchor.read``) kept elsewhere: both must
-    stand in the chain, which catches a cut tail and a recomputed chain. Raises ``BadInput`` for a head that is none.
+    stand in the chain, which catches a cut tail and a recomputed chain. Raises ``BadInput`` for a head that is none,
+    ``EnvironmentFailure`` when the store cannot be read.
     """
     if expected_head is not None and not is_pack_name(expected_head):
         raise BadInput(
             f"--head {expected_head}: not a head; it looks like {evidence.GENESIS[:15]}... with 64 digits"
         )
     audit = Audit()
+    for damage in store.database.damage():
+        audit.report(damage)
     with tempfile.TemporaryDirectory(prefix="meristem-verify-") as folder:
         projection = Projection(Path(folder), audit.report)
         try:
@@ -278,10 +281,13 @@ def _check_packs(store: Store, projection: Projection, audit: Audit, progress: P
 
 
 def check_pack(packs: Packs, pack: str, indexed: list[Location], report: Callable[[str], None]) -> None:
-    """One pack: its header, from which the index can be rebuilt; ``indexed``, what the index says of it; every byte."""
+    """One pack: its header, from which the index can be rebuilt; ``indexed``, what the index says of it; every byte.
+
+    One that cannot be reached is no damage: that raises ``EnvironmentFailure``.
+    """
     try:
         entries = list(packs.entries(pack))
-    except (Tampered, EnvironmentFailure) as error:
+    except Tampered as error:
         report(f"pack {pack}: {error}")
         return
     known = set(entries)
@@ -292,8 +298,6 @@ def check_pack(packs: Packs, pack: str, indexed: list[Location], report: Callabl
     try:
         for _ in packs.views(entries):
             done += 1
-    except EnvironmentFailure as error:
-        report(f"pack {pack}: {error}")
     except Tampered:
         for location in entries[done:]:  # one by one, to name every one
             _check_blob(packs, location, report)
@@ -302,7 +306,7 @@ def check_pack(packs: Packs, pack: str, indexed: list[Location], report: Callabl
 def _check_blob(packs: Packs, location: Location, report: Callable[[str], None]) -> None:
     try:
         packs.check(location)
-    except MeristemError as error:
+    except Tampered as error:
         report(str(error))
 
 

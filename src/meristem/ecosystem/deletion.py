@@ -73,6 +73,7 @@ def delete(
     """
     if not reason.strip():
         raise BadInput("a deletion needs a reason: it is all that will be left to explain it")
+    store.refuse_foreign_packs()
     found = Deletion()
     runs = scratch.runs(store)
     with store.transaction(actor, reason) as tx:

@@ -121,7 +121,8 @@ def examine(
     config: list[WorkspaceConfig] = []
     done.run("configuration", lambda: _configuration(root, config, check))
     if not config and not (folder / DATABASE_FILE).exists():
-        done.reached = (root / CONFIG_NAME).exists()  # a slip in it is mended there; without it nobody knows the store
+        # A slip in the file is a problem like any other; without the file nobody knows where the store is.
+        done.reached = (root / CONFIG_NAME).exists()
         done.run("permissions", lambda: surroundings.permissions(root, [folder]))
         return Health(done.findings, done.reached)
     stores: list[Store] = []
@@ -362,7 +363,9 @@ def _aliases(store: Store) -> Iterator[Told]:
 def _last_moves(connection: Connection) -> dict[tuple[str, str], Row[Any]]:
     """The newest move of every alias, with its event."""
     of_alias = (alias_moves.c.model, alias_moves.c.alias)
-    last = select(*of_alias, func.max(alias_moves.c.revision).label("revision")).group_by(*of_alias).subquery()
+    last = (
+        select(*of_alias, func.max(alias_moves.c.revision).label("revision")).group_by(*of_alias).subquery()
+    )
     newest = (
         (alias_moves.c.model == last.c.model)
         & (alias_moves.c.alias == last.c.alias)

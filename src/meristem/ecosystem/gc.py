@@ -106,6 +106,7 @@ def collect(
     Nothing is written with ``dry_run``. Raises ``Tampered`` when documents are damaged or the index lacks a blob that
     they name, and ``BadInput`` when they are of a newer Meristem: what cannot be read might name what would be removed.
     """
+    store.refuse_foreign_packs()
     runs = scratch.runs(store)  # before the look: see there
     with store.database.read() as connection:
         look = _look(store, connection, retention, runs, progress)

@@ -94,7 +94,7 @@ def repack(store: Store, pack: str, named: Named) -> int | None:
     try:
         with store.database.read() as connection:
             places = _places(connection, pack)
-        if places and len(places) == len(list(store.packs.entries(pack))):
+        if places and {x.digest for x in places}.issuperset(x.digest for x in store.packs.entries(pack)):
             return None
         while claim := _claim(store, pack):
             written += _copy(store, pack, claim)

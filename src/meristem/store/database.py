@@ -6,6 +6,7 @@ ships as ``meristem.testing.database``.
 
 from __future__ import annotations
 
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +22,7 @@ from meristem.store.schema import REVISION, documents, metadata, schema_revision
 
 FIRST = "0001"  # the first release wrote no Alembic revision, but this setting
 _FIRST_SETTING = ("schema_version", "1")
+STORE = "store_id"  # a setting: which store this is, for the place of its packs to name
 MIGRATION_SCHEMA = "meristem/migration/v1"
 _AT_ONCE = 1000
 
@@ -79,6 +81,7 @@ class Database(ABC):
                     raise StateMoved(f"{self.name}: another process made this workspace; open it")
                 metadata.create_all(connection)
                 connection.execute(insert(schema_revision).values(version_num=REVISION))
+                _identify(connection)
         except SQLAlchemyError as error:
             raise StateMoved(f"{self.name}: another process makes this workspace; open it") from error
 
@@ -129,6 +132,7 @@ class Database(ABC):
                         f"{self.name}: workspace schema {found}, this Meristem knows up to {REVISION}; use a newer one"
                     )
                 migrations.upgrade(connection, found, REVISION)
+                _identify(connection)
                 body = canonical({"schema": MIGRATION_SCHEMA, "from": found, "to": REVISION})
                 digest = digest_bytes(body)
                 connection.execute(
@@ -142,6 +146,10 @@ class Database(ABC):
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _identify(connection: Connection) -> None:
+    connection.execute(insert(settings).values(key=STORE, value=secrets.token_hex(16)))
 
 
 def _revision(connection: Connection) -> str:

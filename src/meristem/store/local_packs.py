@@ -21,7 +21,7 @@ from meristem.store import files
 from meristem.store.canonical import PREFIX
 from meristem.store.files import disk_failure
 from meristem.store.pack_format import Blob, Layout, Location, is_pack_name, layout, pack_entries, read_header
-from meristem.store.packs import Packs, Progress
+from meristem.store.packs import OWNER, Packs, Progress
 from meristem.store.threads import spread
 
 _CHUNK = 4 << 20  # bytes between two calls of ``progress``
@@ -126,6 +126,22 @@ class LocalPacks(Packs):
 
     def remove(self, pack: str) -> None:
         self._unlink(self.path(pack))
+
+    @property
+    def place(self) -> str:
+        return str(self.root)
+
+    def owner(self) -> str | None:
+        path = self.root / OWNER
+        try:
+            return path.read_text(encoding="ascii", errors="replace").strip()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise disk_failure(error, path) from error
+
+    def claim(self, store: str) -> None:
+        files.write_file_durably(self.root / OWNER, f"{store}\n".encode())
 
     def leftovers(self) -> Iterator[tuple[str, float]]:
         now = time.time()

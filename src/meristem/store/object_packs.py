@@ -32,7 +32,7 @@ from meristem.store.pack_format import (
     layout,
     pack_entries,
 )
-from meristem.store.packs import Packs, Progress
+from meristem.store.packs import OWNER, Packs, Progress
 from meristem.store.threads import spread
 
 PART = 16 << 20  # bytes of one part of a large upload; four are under way at once
@@ -152,6 +152,24 @@ class ObjectPacks(Packs):
             except FileNotFoundError as error:
                 if _no_bucket(error):
                     raise
+
+    @property
+    def place(self) -> str:
+        return self.url
+
+    def owner(self) -> str | None:
+        with self._told():
+            try:
+                body: bytes = self.fs.cat_file(f"{self.root}/{OWNER}")
+            except FileNotFoundError as error:
+                if _no_bucket(error):
+                    raise
+                return None
+        return body.decode("ascii", "replace").strip()
+
+    def claim(self, store: str) -> None:
+        with self._told():
+            self.fs.pipe_file(f"{self.root}/{OWNER}", f"{store}\n".encode())
 
     def leftovers(self) -> Iterator[tuple[str, float]]:
         """Uploads in parts that nobody finished; they take room and are listed nowhere else."""

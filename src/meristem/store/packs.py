@@ -30,6 +30,9 @@ __all__ = [
 Progress = Callable[[int, int], None]
 
 
+OWNER = "store-id"  # names the store that the packs beside it belong to
+
+
 class Packs(ABC):
     """A set of packs.
 
@@ -124,6 +127,19 @@ class Packs(ABC):
     @abstractmethod
     def remove(self, pack: str) -> None:
         """Take the pack away, durably. One that is not there is gone already: nothing happens."""
+
+    @property
+    @abstractmethod
+    def place(self) -> str:
+        """Where the packs are, for people; holds no password."""
+
+    @abstractmethod
+    def owner(self) -> str | None:
+        """The id of the store whose packs these are, as ``claim`` wrote it; None where nobody did."""
+
+    @abstractmethod
+    def claim(self, store: str) -> None:
+        """Write down durably that these are the packs of ``store``."""
 
     @abstractmethod
     def leftovers(self) -> Iterator[tuple[str, float]]:

@@ -25,6 +25,7 @@ from meristem.store import evidence, index, leases
 from meristem.store.canonical import canonical, digest_bytes, parse
 from meristem.store.database import Database
 from meristem.store.index import locate
+from meristem.store.ownership import check_packs
 from meristem.store.packs import Blob, Location, Packs, packs_at
 from meristem.store.schema import documents
 from meristem.store.sqlite import SQLite
@@ -51,6 +52,7 @@ class Store:
         self.packs: Packs = packs_at(packs or self.root / PACKS_FOLDER)
         self.database = _database(database, self.root / DATABASE_FILE)
         self.lease_seconds = leases.SECONDS
+        self._owned = False
 
     def put(self, blobs: Iterable[Blob], progress: Progress | None = None) -> Stored:
         """Write those blobs that the store does not hold yet as one pack, and lease all of them.
@@ -64,8 +66,12 @@ class Store:
             _refuse_disguise(blob, unique.setdefault(blob.digest, blob))
         if not unique:
             return Stored(None)
+        if not self._owned:
+            check_packs(self.database, self.packs, claim=True)
+            self._owned = True
+        lost = self._lost_packs(unique)
         with self.database.write() as connection:
-            known = locate(connection, unique)
+            known = {d: place for d, place in locate(connection, unique).items() if place.pack not in lost}
             for digest, location in known.items():
                 _refuse_disguise(unique[digest], location)
             new = [blob for digest, blob in unique.items() if digest not in known]
@@ -79,6 +85,24 @@ class Store:
             with suppress(EnvironmentFailure, StateMoved), self.database.write() as connection:
                 leases.end(connection, lease)
             raise
+
+    def refuse_foreign_packs(self) -> None:
+        """Raises ``BadInput`` unless the packs here are those of the database: look before any is taken away."""
+        check_packs(self.database, self.packs, claim=False)
+
+    def _lost_packs(self, digests: Collection[str]) -> set[str]:
+        """Packs of known ``digests`` that are gone or cut short: what they held is written anew, not taken as there."""
+        with self.database.read() as connection:
+            ends: dict[str, int] = {}
+            for place in locate(connection, digests).values():
+                ends[place.pack] = max(ends.get(place.pack, 0), place.offset + place.length)
+        return {pack for pack, end in ends.items() if not self._reaches(pack, end)}
+
+    def _reaches(self, pack: str, end: int) -> bool:
+        try:
+            return self.packs.size(pack) >= end
+        except Tampered:
+            return False
 
     @contextmanager
     def renewed(self, lease: str) -> Iterator[None]:
@@ -139,6 +163,7 @@ class Store:
 
     def rebuild_index(self, progress: Progress | None = None) -> tuple[int, int]:
         """Make the index of blobs again from the packs alone; returns the numbers of packs and blobs."""
+        self.refuse_foreign_packs()
         with self.database.write() as connection:
             return index.rebuild(connection, self.packs, progress)
 
@@ -173,7 +198,7 @@ class Transaction:
         if stored.lease is None:
             return
         leases.check(self.connection, stored.lease, self._database.now(self.connection))
-        index.add(self.connection, stored.locations)
+        index.move(self.connection, stored.locations)  # also those that had a place in a pack that was lost
         leases.end(self.connection, stored.lease)
 
     def add_document(self, document: dict[str, Any]) -> str:
