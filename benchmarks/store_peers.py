@@ -201,12 +201,13 @@ class Bench:
         return self.command(self.workspaces[0], "commit", MODEL, "--source", self.source)
 
     def checkout_round(self, number: int) -> None:
-        """Each writes version 1 where nothing is."""
+        """Each writes version 1 where nothing is, right after its own last checkout was removed."""
         shutil.rmtree(self.dvc / "model")
         shutil.copy(self.scratch / "version-1.dvc", self.dvc / "model.dvc")
         self.settle(self.dvc / ".dvc" / "cache", self.workspaces[0])
         self.run("dvc checkout", [self.peers / "dvc", "checkout", "model.dvc"], self.dvc)
-        folder = self.scratch / f"checkout-{number}"
+        folder = self.scratch / "checkout"
+        shutil.rmtree(folder, ignore_errors=True)
         self.settle(self.dvc / ".dvc" / "cache", self.workspaces[0])
         arguments = ["checkout", f"{MODEL}@v1", "--to", folder]
         self.run("meristem model checkout", self.command(self.workspaces[0], *arguments))
@@ -214,7 +215,6 @@ class Bench:
             theirs = self.dvc / "model" / file
             assert tensors_of(theirs) == tensors_of(folder / file), f"{file}: the two checkouts differ"
         self.facts["dvc link type"] = self.link_type()
-        shutil.rmtree(folder)
 
     def link_type(self) -> str:
         """How DVC put the file there. A reflink looks like a copy here; `dvc doctor` says whether it can be one."""
