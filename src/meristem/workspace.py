@@ -487,13 +487,25 @@ class Workspace(Custody):
         name = decision if isinstance(decision, str) else decision.id
         return rollout.promote(self.store, self.actor, self.record(name), reason)
 
-    def rollback(self, model: str, to: str | VersionEntry | None = None, reason: str = "") -> Entry:
-        """Point the champion back at a version that was champion before; bytes are checked, nothing computed."""
+    def rollback(
+        self,
+        model: str,
+        to: str | VersionEntry | None = None,
+        reason: str = "",
+        *,
+        expected: int | None = None,
+    ) -> Entry:
+        """Point the champion back at a version that was champion before; bytes are checked, nothing computed.
+
+        With ``expected``, only while the champion's revision is this one: then the call is safe to repeat.
+        """
         from meristem.release import rollout
 
         with self.store.database.read() as connection:
             models.get(connection, model)
-        return rollout.rollback(self.store, self.actor, model, self.version(to) if to else None, reason)
+        return rollout.rollback(
+            self.store, self.actor, model, self.version(to) if to else None, reason, expected
+        )
 
     def history(self, model: str, last: int | None = None) -> list[Entry]:
         """Releases of a model, oldest first: promotions and rollbacks; ``last``: only that many of the newest."""

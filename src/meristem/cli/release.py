@@ -56,16 +56,19 @@ def promote(name: ID, reason: REASON = "", as_json: JSON = False) -> None:
 def rollback(
     model: str,
     to: Annotated[str | None, typer.Option(help="A version that was champion before.")] = None,
+    expect: Annotated[
+        int | None, typer.Option(min=1, help="Only if the champion's revision is this one; else exit 4.")
+    ] = None,
     reason: REASON = "",
     as_json: JSON = False,
 ) -> None:
     """Point the champion back at the version before it (bytes checked, nothing recomputed).
 
-    Each call without --to goes one release further back. After an interruption look at `release history` first, or
-    name the version with --to: that is safe to repeat.
+    Each call without --to goes one release further back. After an interruption look at `release history` first. With
+    --to or --expect the command is safe to repeat.
     """
     with opened() as ws:
-        _released(ws, ws.rollback(model, to, reason), as_json)
+        _released(ws, ws.rollback(model, to, reason, expected=expect), as_json)
 
 
 @app.command("history")

@@ -38,8 +38,8 @@ def add(
 ) -> VersionEntry:
     """Register a model and its first version, which becomes its champion.
 
-    Without ``source`` a model starts from its base's champion as it is. Running the same command again after
-    an interruption finishes the work; a second model of the same name is refused.
+    Without ``source`` a model starts from its base's champion as it is. The same call again gives the same version,
+    whether the first was interrupted or not; another model of the same name is refused.
     """
     base_entry = _check(store, name, tier, source, base)
     print_ = sources.fingerprint(source) if source else None
@@ -48,17 +48,50 @@ def add(
     reason = f"model {name} added from {origin if source else f'its base {base}'}"
     line = base_entry.model if base_entry else None
     record = Model(name=name, tier=cast(Tier, tier), base=line, source=origin, fingerprint=print_)
+    with store.database.read() as connection:
+        _is_there(connection, record)  # before anything is read or converted
     if source is None:
         assert base_entry is not None
         with store.database.read() as connection:
             content = versions.content_of(connection, base_entry.content)
-        return _register(store, actor, reason, record, content, base_entry)
+        return _there(store, record, content, base_entry) or _register(
+            store, actor, reason, record, content, base_entry
+        )
     if known is not None:
-        return _register(store, actor, reason, record, known, base_entry)
+        return _there(store, record, known, base_entry) or _register(
+            store, actor, reason, record, known, base_entry
+        )
     base_content = _full_content(store, base_entry) if base_entry else None
     with sources.open_source(source) as folder, ingest(folder, base_content) as (content, blobs):
+        if there := _there(store, record, content, base_entry):
+            return there
         stored = store.put(blobs, progress)
         return _register(store, actor, reason, record, content, base_entry, stored)
+
+
+def _there(store: Store, record: Model, content: Content, base: VersionEntry | None) -> VersionEntry | None:
+    """The first version of this very model if it was added already; None when its name is free.
+
+    Raises ``BadInput`` when another model has the name.
+    """
+    with store.database.read() as connection:
+        if not _is_there(connection, record):
+            return None
+        first = versions.resolve(connection, f"{record.name}@v1")
+    if (first.content, first.record.base) != (content.digest, base.digest if base else None):
+        raise _namesake(record.name)
+    return first
+
+
+def _is_there(connection: Connection, record: Model) -> bool:
+    found = connection.scalar(select(table.c.document).where(table.c.name == record.name))
+    if found not in (None, record.digest):
+        raise _namesake(record.name)
+    return found is not None
+
+
+def _namesake(name: str) -> BadInput:
+    return BadInput(f"model '{name}' exists already; choose another name")
 
 
 def commit(
@@ -131,8 +164,6 @@ def _check(store: Store, name: str, tier: str, source: str | None, base: str | N
     if source is None and base is None:
         raise BadInput("a foundation model needs --source: `embedded` or a local Hugging Face folder")
     with store.database.read() as connection:
-        if connection.scalar(select(table.c.name).where(table.c.name == name)):
-            raise BadInput(f"model '{name}' exists already; choose another name")
         if base is None:
             return None
         under = get(connection, base.partition("@")[0])
@@ -175,7 +206,7 @@ def _register(
     tasks = base.record.tasks if base and record.source == sources.BASE else []
     with store.transaction(actor, reason) as tx:
         if tx.connection.scalar(select(table.c.name).where(table.c.name == record.name)):
-            raise BadInput(f"model '{record.name}' exists already; choose another name")
+            raise _namesake(record.name)
         tx.add_blobs(stored)
         digest = tx.add_document(record.document())
         tx.connection.execute(

@@ -8,9 +8,8 @@ from meristem.ecosystem import aliases, ledger, retirement, versions
 from meristem.ecosystem.ledger import Entry
 from meristem.ecosystem.records import Decision, Release
 from meristem.ecosystem.versions import VersionEntry
-from meristem.errors import BadInput, GateFailed, Inconclusive, Tampered
+from meristem.errors import BadInput, GateFailed, Inconclusive, StateMoved, Tampered
 from meristem.release.decisions import approvers
-from meristem.store.index import locate
 from meristem.store.store import Store
 
 
@@ -50,16 +49,28 @@ def promote(store: Store, actor: str, decision: Entry, reason: str = "") -> Entr
         return ledger.open_record(tx, "release", release, record.model, status="done")
 
 
-def rollback(store: Store, actor: str, model: str, to: VersionEntry | None = None, reason: str = "") -> Entry:
+def rollback(
+    store: Store,
+    actor: str,
+    model: str,
+    to: VersionEntry | None = None,
+    reason: str = "",
+    expected: int | None = None,
+) -> Entry:
     """Point the champion back at a version that was champion before (by default the one before this).
 
     The version's bytes are checked first; nothing is recomputed, unmerged or fetched. Each call without ``to``
     goes one release further back; with ``to``, a repetition is refused. Raises ``StateMoved`` when somebody else
-    moves the champion meanwhile.
+    moves the champion meanwhile, or its revision is not ``expected``.
     """
     with store.database.read() as connection:
         aliases.check_actor(connection, model, aliases.CHAMPION, actor)
         champion = aliases.champion(connection, model)
+        if expected not in (None, champion.revision):
+            raise StateMoved(
+                f"{model}@champion is at revision {champion.revision}, not {expected}; "
+                f"look at `meristem release history {model}`"
+            )
         target = to.digest if to else _before(connection, model, champion.version)
         if target == champion.version:
             raise BadInput(
@@ -109,13 +120,12 @@ def check_bytes(store: Store, connection: Connection, version: VersionEntry) -> 
     digest: str | None = version.content
     while digest:
         content = versions.content_of(connection, digest)
-        named = {*content.tensors.values(), *content.files.values()}
-        found = locate(connection, named)
-        for blob in named:
-            if blob not in found or not store.packs.intact(found[blob]):
-                raise Tampered(
-                    f"{version.label}: blob {blob} is missing or altered; `meristem log verify` lists all"
-                )
+        try:
+            store.placed({*content.tensors.values(), *content.files.values()}, store.check_places)
+        except (BadInput, Tampered) as error:
+            raise Tampered(
+                f"{version.label}: a blob is missing or altered ({error}); `meristem log verify` lists all"
+            ) from error
         digest = content.base
 
 

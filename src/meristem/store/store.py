@@ -147,6 +147,11 @@ class Store:
                 raise
             return use(moved)
 
+    def check_places(self, places: dict[str, Location]) -> None:
+        """Raises ``Tampered`` unless the bytes at all ``places`` are there and match their digests."""
+        for place in places.values():
+            self.packs.check(place)
+
     def views(self, digests: Iterable[str]) -> Iterator[tuple[Location, memoryview]]:
         """Checked bytes of blobs, in the order asked; see ``Packs.views``."""
         left = list(digests)
