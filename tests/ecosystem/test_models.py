@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from sqlalchemy import select
 from tests.ecosystem import hf
@@ -282,3 +283,19 @@ def test_the_embedded_model_is_converted_and_stored_once(store, monkeypatch):
     config = json.loads(store.read_blob(content.files["config.json"]))
     assert (config["dtype"], config["model_type"]) == ("bfloat16", "llama")
     assert not {"quantization_config", "_name_or_path"} & set(config)
+
+
+def test_the_same_addition_again_is_the_same_version(store, add, tmp_path):
+    """After an interruption right behind the commit, the same command finishes the work: there is nothing left."""
+    source = hf.full(tmp_path / "again")
+    first = add("again", source=source)
+    with store.database.read() as connection:
+        before = evidence.head(connection)
+    assert add("again", source=source) == first
+    with store.database.read() as connection:
+        assert evidence.head(connection) == before
+    other = hf.full(
+        tmp_path / "other" / "again", {"w": np.zeros(3, np.float32)}
+    )  # a folder of the same name with other weights
+    with pytest.raises(BadInput, match="exists already"):
+        add("again", source=other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sqlite3
 
@@ -275,3 +276,28 @@ def test_a_plan_released_its_version_even_when_that_was_taken_back(ws):
 def test_a_version_of_another_model_cannot_be_rolled_back_to(ws):
     with pytest.raises(BadInput, match="base@v1 was never the champion of support"):
         ws.rollback("support", to="base@v1")
+
+
+def test_a_rollback_that_expects_a_revision_is_safe_to_repeat(ws):
+    ws.promote(ws.propose("support@v4"))
+    revision = ws.alias_history("support", "champion")[-1].revision
+    ws.rollback("support", expected=revision)
+    before = champion(ws)
+    with pytest.raises(StateMoved, match=f"is at revision {revision + 1}, not {revision}"):
+        ws.rollback("support", expected=revision)
+    assert champion(ws) == before
+
+
+def test_a_repacking_beside_a_promotion_is_no_tampering(ws, monkeypatch):
+    """The places that were looked up are gone when the bytes are read; the new ones are looked up then."""
+    decision, locations, calls = ws.propose("support@v4"), ws.store.locations, []
+
+    def moved_meanwhile(digests):
+        found = locations(digests)
+        calls.append(1)
+        gone = {d: dataclasses.replace(p, pack="sha256:" + "0" * 64) for d, p in found.items()}
+        return gone if len(calls) == 1 else found
+
+    monkeypatch.setattr(ws.store, "locations", moved_meanwhile)
+    ws.promote(decision)
+    assert champion(ws) == 4 and len(calls) > 1
