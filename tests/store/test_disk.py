@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.store.values import mixed, tensor
 
 from meristem.errors import EnvironmentFailure
 from meristem.store import files
@@ -20,6 +19,7 @@ from meristem.store import local_packs as room
 from meristem.store.files import write_file_durably
 from meristem.store.local_packs import LocalPacks
 from meristem.store.pack_format import Blob
+from meristem.testing.values import mixed, tensor
 
 FAULTS = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS]
 

@@ -8,7 +8,6 @@ import threading
 import fsspec
 import pytest
 import s3fs
-from tests.store.values import tensor
 
 from meristem.errors import BadInput, EnvironmentFailure
 from meristem.store import object_packs as room
@@ -16,6 +15,7 @@ from meristem.store.local_packs import LocalPacks
 from meristem.store.object_packs import ObjectPacks
 from meristem.store.packs import Blob, packs_at
 from meristem.testing.packs import PacksContract, sized
+from meristem.testing.values import tensor
 
 pytest_plugins = ["tests.servers"]
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from tests.store.values import mixed, tensor
 
 from meristem.errors import BadInput
 from meristem.store import index
@@ -22,6 +21,7 @@ from meristem.store.pack_format import Blob, encode_header, pack_entries, safete
 from meristem.store.schema import blobs as table
 from meristem.store.threads import spread
 from meristem.testing.packs import PacksContract, sized
+from meristem.testing.values import mixed, tensor
 
 
 class TestLocal(PacksContract):

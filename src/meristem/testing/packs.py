@@ -30,37 +30,13 @@ import pytest
 from meristem.errors import Tampered
 from meristem.store.pack_format import Blob, Location
 from meristem.store.packs import Packs
+from meristem.testing.values import mixed, sized, tensor
 
 ABSENT = "sha256:" + "0" * 64
 
 
 class Stop(Exception):
     """Raised in the middle of a write."""
-
-
-def tensor(*values: float) -> Blob:
-    """A float32 vector."""
-    return Blob.tensor("F32", (len(values),), struct.pack(f"<{len(values)}f", *values))
-
-
-def mixed() -> list[Blob]:
-    """A file of odd length, tensors of several widths, a scalar, and empty ones."""
-    return [
-        Blob.file(b'{"model_type": "tiny"}\n'),
-        Blob.tensor("U8", (3,), b"abc"),
-        Blob.tensor("BF16", (2, 2), b"\x80?" * 4),
-        tensor(1.0, -0.0, 2.5),
-        Blob.tensor("I64", (), struct.pack("<q", -7)),
-        Blob.tensor("F32", (0, 4), b""),
-        Blob.file(b""),
-    ]
-
-
-def sized(length: int, seed: int = 0) -> Blob:
-    """A file of ``length`` bytes that do not repeat soon."""
-    block = struct.pack(f"<{1 << 14}I", *((i * 2654435761 + seed) % (1 << 32) for i in range(1 << 14)))
-    whole = b"".join(struct.pack("<I", i) + block for i in range(length // len(block) + 1))
-    return Blob.file(whole[:length])
 
 
 class PacksContract:
@@ -81,6 +57,12 @@ class PacksContract:
         return packs
 
     # What is written
+
+    def test_the_owner_is_who_claimed_them(self, packs: Packs) -> None:
+        assert packs.owner() is None
+        packs.claim("0123456789abcdef")
+        assert packs.owner() == "0123456789abcdef"
+        assert list(packs.names()) == [] and list(packs.leftovers()) == []
 
     def test_what_went_in_comes_out(self, packs: Packs) -> None:
         blobs = mixed()

@@ -27,3 +27,10 @@ def mixed() -> list[Blob]:
         Blob.tensor("F32", (0, 4), b""),
         Blob.file(b""),
     ]
+
+
+def sized(length: int, seed: int = 0) -> Blob:
+    """A file of ``length`` bytes that do not repeat soon."""
+    block = struct.pack(f"<{1 << 14}I", *((i * 2654435761 + seed) % (1 << 32) for i in range(1 << 14)))
+    whole = b"".join(struct.pack("<I", i) + block for i in range(length // len(block) + 1))
+    return Blob.file(whole[:length])
