@@ -169,9 +169,12 @@ def train(
 
     ``stopping`` is told on Ctrl-C, when the step under way is finished before ``Interrupted`` is raised.
     """
-    from meristem.training import cit
-    from meristem.training.continual import newest_complete_checkpoint
-    from meristem.training.reporting import ProgressCallback, method_progress
+    with Interruption() as early:  # some libraries swallow a KeyboardInterrupt while they are imported
+        from meristem.training import cit
+        from meristem.training.continual import newest_complete_checkpoint
+        from meristem.training.reporting import ProgressCallback, method_progress
+    if early.requested:
+        raise KeyboardInterrupt
 
     recipe, rows, history, state = _inputs(store, update)
     with store.database.read() as connection:
