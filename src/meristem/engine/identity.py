@@ -10,7 +10,7 @@ from meristem.store.canonical import digest_document
 SCHEMA = "meristem/engine/v1"
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft")
 SCORING = (
-    1  # raise it whenever Meristem itself scores or generates in another way: old results are then not reused
+    2  # raise it whenever Meristem itself scores or generates in another way: old results are not reused
 )
 
 
@@ -19,7 +19,7 @@ class EngineSettings:
     """Everything chosen about how a model is run.
 
     ``batch_tokens`` bounds rows x width of a batch; it decides the batches, and with them the last bits
-    of every bf16 result, so it is part of the identity.
+    of every bf16 result, so it is part of the identity. (On a CPU scoring takes smaller ones: ``score.CPU_TOKENS``.)
     """
 
     dtype: str = "bfloat16"

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from meristem.config import known_device
 from meristem.engine.identity import EngineSettings, engine_digest
 from meristem.errors import BadInput
+from meristem.store.canonical import digest_document
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<turn|>", "<|end|>")
@@ -35,6 +36,12 @@ class Engine:
     @property
     def digest(self) -> str:
         return engine_digest(self.settings)
+
+    @property
+    def template(self) -> str | None:
+        """Digest of the chat template that prompts go through; ``None`` without one."""
+        found = self.tokenizer.chat_template
+        return None if found is None else digest_document(found)
 
     @property
     def pad_id(self) -> int:
@@ -105,16 +112,22 @@ def _load_plain(folder: Path, dtype: torch.dtype) -> Any:
     if not (folder / "config.json").is_file():
         raise BadInput.at(folder, None, "not a Hugging Face model folder (no config.json)")
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        return _from_pretrained(folder, dtype, "sdpa")
     except (OSError, ValueError) as error:
-        raise BadInput.at(folder, None, f"cannot be loaded: {_first_line(error)}") from error
+        if "scaled_dot_product_attention" not in str(error):
+            raise BadInput.at(folder, None, f"cannot be loaded: {_first_line(error)}") from error
+        return _from_pretrained(folder, dtype, "eager")  # an architecture without it
+
+
+def _from_pretrained(folder: Path, dtype: torch.dtype, attention: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
 
 
 def _load_adapter(folder: Path, base_folder: Path, dtype: torch.dtype) -> Any:

@@ -3,42 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from meristem.engine.load import Engine
 from meristem.errors import BadInput
 
 Messages = Sequence[Mapping[str, str]]
+Format = Literal["chat", "text"]
+Side = Literal["refuse", "left", "right"]
 
 
-def encode_prompt(engine: Engine, messages: str | Messages) -> list[int]:
-    """Token ids of a prompt.
+def render(engine: Engine, messages: str | Messages, format: Format = "chat") -> str:
+    """The prompt as text.
 
-    With a chat template: the template with ``add_generation_prompt=True``; a string is one user message.
-    Without: the contents joined by blank lines, with the tokenizer's usual special tokens.
+    ``chat``: the tokenizer's chat template with the opening of an assistant's turn; a string is one user message.
+    Without a template, and as ``text``: the contents joined by blank lines.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    tokenizer = engine.tokenizer
-    if tokenizer.chat_template is None:
-        ids = tokenizer("\n\n".join(m["content"] for m in messages))["input_ids"]
-    else:
-        try:
-            ids = tokenizer.apply_chat_template(
-                [dict(m) for m in messages], add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
-        except Exception as error:  # a template is a program: it may raise anything
-            raise BadInput(f"the chat template refuses these messages: {error}") from error
-    if not ids:
+    if not _templated(engine, format):
+        return "\n\n".join(message["content"] for message in messages)
+    try:
+        text = engine.tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        raise BadInput(f"the chat template refuses these messages: {error}") from error
+    return str(text)
+
+
+def encode_prompt(engine: Engine, messages: str | Messages, format: Format = "chat") -> list[int]:
+    """Token ids of a prompt (``render``). Special tokens: as the template writes them, or the tokenizer's usual ones."""
+    return _encode_all(engine, [render(engine, messages, format)], format)[0]
+
+
+def encode_options(
+    engine: Engine, messages: str | Messages, options: Sequence[str], format: Format = "chat"
+) -> tuple[list[list[int]], list[list[int]]]:
+    """``(contexts, continuations)``, one of each per option: what ``score_options`` takes as pairs.
+
+    Prompt and option are tokenized together and split where the prompt's own tokens end, as lm-evaluation-harness
+    does (``_encode_pair``). In a chat the answer starts at once; in text it follows after one space, and white space
+    that ends the prompt belongs to the option, as words carry their space in front.
+    """
+    prompt = render(engine, messages, format)
+    joint = ""
+    if not _templated(engine, format):
+        stripped = prompt.rstrip()
+        prompt, joint = stripped, f"{prompt[len(stripped) :]} "
+    context, *whole = _encode_all(engine, [prompt, *(prompt + joint + option for option in options)], format)
+    continuations = [ids[len(context) :] for ids in whole]
+    for option, ids in zip(options, continuations, strict=True):
+        if not option or not ids:
+            raise BadInput(f"the option {option!r} has no tokens after the prompt")
+    return [context for _ in options], continuations
+
+
+def fit(tokens: Sequence[int], room: int | None, side: Side = "refuse") -> tuple[list[int], int]:
+    """``tokens`` cut to ``room`` (``None``: no bound) on ``side``, and how many were cut.
+
+    ``left`` drops the beginning, ``right`` the end; ``refuse`` raises ``BadInput``.
+    """
+    over = 0 if room is None else max(0, len(tokens) - room)
+    if not over:
+        return list(tokens), 0
+    if side == "refuse" or not room or room < 1:
+        raise BadInput(
+            f"{len(tokens)} tokens, but there is room for {max(0, room or 0)}; shorten it or set a truncation side"
+        )
+    return list(tokens[over:] if side == "left" else tokens[:room]), over
+
+
+def _templated(engine: Engine, format: Format) -> bool:
+    return format == "chat" and engine.tokenizer.chat_template is not None
+
+
+def _encode_all(engine: Engine, texts: list[str], format: Format) -> list[list[int]]:
+    found: list[list[int]] = engine.tokenizer(texts, add_special_tokens=not _templated(engine, format))[
+        "input_ids"
+    ]
+    if not found[0]:
         raise BadInput("the prompt has no tokens; give it some text")
-    return [int(token) for token in ids]
+    return found
 
 
 def encode_option(engine: Engine, option: str) -> list[int]:
-    """Token ids of an answer that follows a prompt.
-
-    After a chat template's generation prompt the answer starts at once; after plain text it starts with
-    a space, as words do.
-    """
+    """Token ids of an answer by itself; ``encode_options`` tokenizes it with its prompt."""
     text = option if engine.tokenizer.chat_template is not None else f" {option}"
     ids = [int(token) for token in engine.tokenizer(text, add_special_tokens=False)["input_ids"]]
     if not ids:
