@@ -13,6 +13,7 @@ from meristem.registry import Registry
 
 if TYPE_CHECKING:
     from meristem.evaluation.comparison import Comparison
+    from meristem.evaluation.contamination import ContaminationReport
     from meristem.evaluation.matrix import LineMatrix
     from meristem.evaluation.results import ItemResult
     from meristem.evaluation.service import EvaluationEntry, Evaluator
@@ -59,10 +60,22 @@ class Assessment(Registry):
             line = [v for v in versions.ancestors(connection, version) if v.model == version.model]
         return line_matrix(self.evaluator().task_score, line[::-1], self.suites())
 
+    def contamination(
+        self, reference: str | VersionEntry, suite: str, *, ngram: int = 13
+    ) -> ContaminationReport:
+        """The items of ``suite`` that stand in what a version and all that it grew from learned."""
+        from meristem.evaluation.contamination import ancestry_overlap
+
+        version, asset = self.version(reference), self.asset("suite", suite)
+        return ancestry_overlap(self.store, version, asset, ngram, self.progress)
+
     def judge(
         self, new: str | VersionEntry, old: str | VersionEntry, *, suite: str, gate: str, **arguments: Any
     ) -> GateResult:
         """What a gate would say about two versions; nothing is recorded. For trying out a policy."""
         from meristem.release import gates
+        from meristem.release.cases import GateCase, Measured
 
-        return gates.judge(gate, arguments, suite, self.compare(new, old, suite=suite))
+        asset = self.asset("suite", suite)
+        case = GateCase(self.version(new), self.version(old), asset, Measured(self.evaluator()))
+        return gates.judge(gate, arguments, case)

@@ -169,7 +169,7 @@ class Registry(Custody):
         from meristem.data.datasets import load_rows
         from meristem.evaluation.contamination import refuse_leaks_into
         from meristem.evaluation.service import SUITE_FILE, suite_asset
-        from meristem.evaluation.suites import load_suite
+        from meristem.evaluation.suite_files import load_suite
 
         models.check_name("suite", name)
         suite = load_suite(file)

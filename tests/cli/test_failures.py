@@ -74,9 +74,17 @@ def test_kill_during_an_update(released, trained, copy, name):
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
-@pytest.mark.parametrize("where", ["meristem.evaluation.run:_choice", "meristem.store.store:Store.put"])
-def test_an_interrupted_evaluation(fresh, kind, where):
-    """Half an evaluation is none; the same command measures all of it."""
+@pytest.mark.parametrize(
+    "where",
+    [
+        "meristem.evaluation.tasks.choice:Choice.run",
+        "meristem.evaluation.journal:JournalFile.append",
+        "meristem.store.store:Store.put",
+    ],
+)
+def test_an_interrupted_evaluation(fresh, copy, kind, where):
+    """Half an evaluation is none; the same command goes on and ends in the same bytes."""
+    whole = copy(fresh, "whole")
     command = ("--json", "eval", "run", "base@v1", "--suite", "a")
     stopped = run(fresh, *command, at=Moment(where, kind))
     assert stopped.code == (130 if kind == signal.SIGINT else -kind)
@@ -88,6 +96,8 @@ def test_an_interrupted_evaluation(fresh, kind, where):
     ws = ms.Workspace.open(fresh)
     assert len(ws.evaluations()) == known + 1
     ws.close()
+    assert done.out == run(whole, *command).out
+    assert not list((fresh / ".meristem/runs").glob("evaluation-*"))
     assert intact(fresh)
 
 

@@ -11,7 +11,7 @@ import pytest
 from meristem.data.formats import normalized_text, read_rows
 from meristem.data.overlap import leaks
 from meristem.demo.story import DATA, TASKS
-from meristem.evaluation.suites import load_suite
+from meristem.evaluation.suite_files import load_suite
 
 
 def texts(task: str, split: str) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ import pytest
 from tests import acme
 
 import meristem as ms
+from meristem.ecosystem import scratch
 from meristem.errors import BadInput
 from meristem.evaluation import service
 
@@ -52,14 +53,47 @@ def fresh_results(released, copy):
 
 def test_different_suites_or_engines_are_not_compared(ws, grown):
     old, new = ws.evaluate("support@v2", "a"), ws.evaluate("support@v4", "b")
-    with pytest.raises(BadInput, match="different suites"):
+    with pytest.raises(BadInput, match=r"the suites differ \(sha256:[0-9a-f]+\.\.\. and sha256:"):
         ws.evaluator().compare(old, new)
     text = (grown / "meristem.yaml").read_text()
     (grown / "meristem.yaml").write_text(text.replace("batch_tokens: 8192", "batch_tokens: 4096"))
     other = ms.Workspace.open(grown)
-    with pytest.raises(BadInput, match="different engines"):
+    with pytest.raises(BadInput, match=r"the engines differ \(batch_tokens 8192 and 4096\)"):
         ws.evaluator().compare(old, other.evaluate("support@v4", "a"))
     other.close()
+
+
+def test_different_chat_templates_are_not_compared(fresh, tmp_path):
+    """The same weights behind another template answer another question."""
+    ws = ms.Workspace.open(fresh)
+    other = acme.model_folder(tmp_path / "other")
+    path = other / "chat_template.jinja"
+    path.write_text(path.read_text().replace("assistant", "support"))
+    ws.add_model("other", tier="foundation", source=str(other))
+    with pytest.raises(BadInput, match=r"the chat templates differ \(sha256:"):
+        ws.compare("other", "base", suite="a")
+    ws.close()
+
+
+def test_a_suite_changed_under_its_name_is_another_suite(fresh, tmp_path):
+    """What was added is what is measured, whatever becomes of the file; its next version is not comparable."""
+    ws = ms.Workspace.open(fresh)
+    old = ws.evaluate("base", "a")
+    ws.add_suite("a", acme.suite_file(tmp_path / "a.yaml", "b"))
+    assert ws.evaluate("base", "a@v1").cached
+    with pytest.raises(BadInput, match="the suites differ"):
+        ws.evaluator().compare(old, ws.evaluate("base", "a"))
+    ws.close()
+
+
+def test_a_journal_left_by_a_kill_goes_with_gc(ws, grown):
+    evaluation = ws.evaluate("support@v2", "a").record
+    key = (evaluation.content, evaluation.suite, evaluation.engine)
+    stale, live = scratch.journal(ws.store, key), scratch.journal(ws.store, (*key[:2], "sha256:0"))
+    for path in (stale, live):
+        path.write_text("")
+    ws.collect_garbage()
+    assert live.exists() and not stale.exists()
 
 
 def test_the_matrix_of_a_line(ws):

@@ -172,7 +172,11 @@ def _look(
         dead=dead,
         lost=lost,
         waste=compaction.survey(store, connection, dead),
-        folders=[*scratch.stale_runs(connection, runs), *scratch.stale_checkouts(store, lost)],
+        folders=[
+            *scratch.stale_runs(connection, runs),
+            *scratch.stale_journals(store, connection),
+            *scratch.stale_checkouts(store, lost),
+        ],
         leases=leases.any_expired(connection, now),
     )
 

@@ -1,4 +1,4 @@
-"""Folders of this machine that hold nothing of their own: training runs and checked-out weights."""
+"""What this machine holds and can make again: training runs, evaluations under way, checked-out weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 from sqlalchemy import Connection, select
 
 from meristem.ecosystem.reach import FINISHED
-from meristem.store.canonical import PREFIX
+from meristem.store.canonical import PREFIX, digest_document
 from meristem.store.files import disk_failure
-from meristem.store.schema import records
+from meristem.store.schema import evaluations, records
 from meristem.store.store import Store
 
 RUNS, CACHE = "runs", "cache"
+_JOURNAL = re.compile(r"evaluation-[0-9a-f]{16}\.jsonl")
 _RUN = re.compile(r"update-([0-9]{1,9})(\.lock)?")
 
 
@@ -45,6 +46,18 @@ def stale_checkouts(store: Store, contents: Iterable[str]) -> list[Path]:
     """The cached folders of ``contents``."""
     names = {content.removeprefix(PREFIX)[:24] for content in contents}
     return [path for path in _listed(store.root / CACHE) if path.name in names]
+
+
+def journal(store: Store, key: tuple[str, str, str]) -> Path:
+    """Where the finished batches of an evaluation under way lie; ``key`` is its content, suite and engine."""
+    return store.root / RUNS / f"evaluation-{digest_document(list(key)).removeprefix(PREFIX)[:16]}.jsonl"
+
+
+def stale_journals(store: Store, connection: Connection) -> list[Path]:
+    """Journals of evaluations that are in the store: left by a kill between its commit and its tidying up."""
+    found = {path for path in _listed(store.root / RUNS) if _JOURNAL.fullmatch(path.name)}
+    keys = connection.execute(select(evaluations.c.content, evaluations.c.suite, evaluations.c.engine))
+    return sorted(found & {journal(store, tuple(row)) for row in keys}) if found else []
 
 
 def remove(paths: Iterable[Path]) -> int:

@@ -6,13 +6,17 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from meristem.data.formats import identifier, messages_of
 from meristem.data.jsonl import Refused, read_objects, stem_of
 from meristem.errors import BadInput
 
-KNOWN = frozenset({"id", "prompt", "messages", "answer", "options", "slice"})
+if TYPE_CHECKING:
+    from meristem.evaluation.tasks.base import TaskType
+
+KNOWN = frozenset({"id", "slice", "cluster"})
+PROMPT = frozenset({"prompt", "messages"})
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,11 @@ class Message:
 
 @dataclass(frozen=True)
 class Item:
-    """One question. ``source`` is the raw input that a prompt template was filled with (leak checks)."""
+    """One question.
+
+    ``source`` is the raw input that a prompt template was filled with (leak checks). ``references`` are further
+    right answers, ``text`` what a perplexity item holds, ``cluster`` what items share that come from one source.
+    """
 
     id: str
     messages: tuple[Message, ...]
@@ -34,11 +42,16 @@ class Item:
     options: tuple[str, ...] = ()
     slice: str | None = None
     source: str | None = None
+    references: tuple[str, ...] = ()
+    text: str | None = None
+    cluster: str | None = None
 
     def chat(self) -> list[dict[str, str]]:
         return [message.to_document() for message in self.messages]
 
     def to_document(self) -> dict[str, Any]:
+        """Later fields stand in it only where they say something, so that older digests stay what they were."""
+        late = {"references": list(self.references), "text": self.text, "cluster": self.cluster}
         return {
             "id": self.id,
             "messages": self.chat(),
@@ -46,17 +59,32 @@ class Item:
             "options": list(self.options),
             "slice": self.slice,
             "source": self.source,
+            **{key: value for key, value in late.items() if value},
         }
+
+    @classmethod
+    def from_document(cls, stored: dict[str, Any]) -> Item:
+        """``KeyError`` or ``TypeError`` for a damaged one."""
+        return cls(
+            id=stored["id"],
+            messages=tuple(Message(**message) for message in stored["messages"]),
+            answer=stored["answer"],
+            options=tuple(stored["options"]),
+            slice=stored["slice"],
+            source=stored["source"],
+            references=tuple(stored.get("references", ())),
+            text=stored.get("text"),
+            cluster=stored.get("cluster"),
+        )
 
 
 @dataclass(frozen=True)
 class Rules:
     """What a task says about all of its items."""
 
-    choice: bool
+    settings: TaskType
     template: str | None = None
     system: str | None = None
-    options: tuple[str, ...] = ()
 
 
 def template_fields(template: str) -> tuple[str, ...]:
@@ -96,26 +124,20 @@ def read_items(path: str | Path, rules: Rules) -> tuple[Item, ...]:
 
 
 def make_item(raw: dict[str, Any], rules: Rules, default_id: str) -> Item:
+    settings = rules.settings
     fields = template_fields(rules.template) if rules.template else ()
-    unknown = raw.keys() - KNOWN - set(fields)
+    known = KNOWN | settings.KEYS | (PROMPT if settings.PROMPTED else frozenset())
+    unknown = raw.keys() - known - set(fields)
     if unknown:
         raise Refused(
-            f"unknown keys {sorted(unknown)}; an item has {sorted(KNOWN)} and the fields of its task's prompt template"
+            f"unknown keys {sorted(unknown)}; an item has {sorted(known)} and the fields of its task's prompt template"
         )
-    messages, source = _messages(raw, rules, fields)
-    options = check_options(raw["options"]) if raw.get("options") is not None else rules.options
-    if not rules.choice and options:
-        raise Refused('"options" belong to tasks of type choice; remove them')
-    if rules.choice and not options:
-        raise Refused('a choice item needs "options", here or in the suite file')
-    return Item(
-        id=identifier(raw.get("id"), default_id),
-        messages=messages,
-        answer=_answer(raw.get("answer"), options),
-        options=options,
-        slice=_text(raw["slice"], '"slice"') if raw.get("slice") is not None else None,
-        source=source,
-    )
+    messages, source = _messages(raw, rules, fields) if settings.PROMPTED else ((), None)
+    named = {key: text_of(raw[key], f'"{key}"') for key in ("slice", "cluster") if raw.get(key) is not None}
+    parts: dict[str, Any] = {"answer": "", **settings.parts(raw), **named}
+    item = Item(id=identifier(raw.get("id"), default_id), messages=messages, source=source, **parts)
+    settings.check(item)
+    return item
 
 
 def check_options(value: Any) -> tuple[str, ...]:
@@ -130,6 +152,13 @@ def check_options(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def text_of(value: Any, name: str) -> str:
+    """``value`` as a non-empty string, or ``Refused``."""
+    if not isinstance(value, str) or not value.strip():
+        raise Refused(f"{name} must be a non-empty string")
+    return value
+
+
 def _messages(
     raw: dict[str, Any], rules: Rules, fields: Sequence[str]
 ) -> tuple[tuple[Message, ...], str | None]:
@@ -141,7 +170,7 @@ def _messages(
     elif ("prompt" in raw) == ("messages" in raw):
         raise Refused('an item needs either "prompt" (a string) or "messages", not both and not neither')
     elif "prompt" in raw:
-        found = [{"role": "user", "content": _text(raw["prompt"], '"prompt"')}]
+        found = [{"role": "user", "content": text_of(raw["prompt"], '"prompt"')}]
     else:
         found = messages_of(raw["messages"])
         if found[-1]["role"] == "assistant":
@@ -159,21 +188,4 @@ def _field(raw: dict[str, Any], name: str) -> str:
         return str(value)
     if value is None:
         raise Refused(f"the field {name!r} of the prompt template is missing; add it or change the template")
-    return _text(value, f"the field {name!r}")
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise Refused(f"{name} must be a non-empty string")
-    return value
-
-
-def _answer(value: Any, options: tuple[str, ...]) -> str:
-    if options and isinstance(value, int) and not isinstance(value, bool):
-        if not 0 <= value < len(options):
-            raise Refused(f'"answer" {value} is no index of {len(options)} options (0 to {len(options) - 1})')
-        return options[value]
-    answer = _text(value, '"answer"')
-    if options and answer not in options:
-        raise Refused(f'"answer" {answer!r} is not among the options {list(options)}')
-    return answer
+    return text_of(value, f"the field {name!r}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class ItemResult(TypedDict):
-    """JSON-serialisable. ``score`` is 1.0 (right) or 0.0 (wrong); ``slice`` is ``None`` when not given.
+    """JSON-serialisable. Higher ``score`` is better: right (1.0) or wrong (0.0), a share between them, or in ``unit``.
 
-    ``detail`` depends on the task type: ``{"logprobs": {option: log-likelihood}}`` for ``choice``, ``{}``
-    for ``generate``.
+    ``slice`` is ``None`` when not given. ``unit`` is absent for shares, else ``bits_per_byte`` (the score is minus
+    it) or ``nats``. ``cluster``, where present, names what items share that come from one source.
+
+    ``detail`` depends on the task type. Common keys: ``logprobs`` ``{option: log-likelihood}``, ``tokens`` (how many
+    were encoded or generated), ``truncated`` (how many of the prompt had no room; absent for none).
     """
 
     task: str
@@ -19,3 +22,5 @@ class ItemResult(TypedDict):
     prediction: str
     answer: str
     detail: dict[str, Any]
+    cluster: NotRequired[str]
+    unit: NotRequired[str]

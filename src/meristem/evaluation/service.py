@@ -11,15 +11,16 @@ from sqlalchemy import Connection, Row, insert, select
 
 from meristem._quiet import quiet_libraries
 from meristem.config import EvaluationSettings
-from meristem.ecosystem import checkouts, retirement
+from meristem.ecosystem import checkouts, retirement, scratch
 from meristem.ecosystem.assets import AssetEntry
 from meristem.ecosystem.records import Evaluation
 from meristem.ecosystem.versions import VersionEntry
 from meristem.engine.identity import EngineSettings, engine_digest, engine_document
 from meristem.errors import BadInput
 from meristem.evaluation.comparison import Comparison, compare
+from meristem.evaluation.journal import journal_at
 from meristem.evaluation.results import ItemResult
-from meristem.evaluation.run import evaluate
+from meristem.evaluation.run import evaluate, prepare
 from meristem.evaluation.suites import Suite
 from meristem.store.canonical import canonical, parse
 from meristem.store.packs import Blob
@@ -61,11 +62,15 @@ class Evaluator:
         found = self._find(key)
         if found is not None:
             return found
-        started = time.monotonic()
         report, label = self.progress, f"{version.label} on {suite.name}"
         step = (lambda done, total: report(label, done, total, "")) if report else None
-        results = evaluate(self._engine(version.content), load_suite_asset(self.store, suite), step)
-        return self._record(key, version, suite, results, time.monotonic() - started)
+        loaded = load_suite_asset(self.store, suite)
+        prepare(loaded)  # before a model is loaded
+        with journal_at(scratch.journal(self.store, key)) as journal:
+            started = time.monotonic()
+            engine = self._engine(version.content)
+            results = evaluate(engine, loaded, step, journal)
+            return self._record(key, version, suite, results, engine.template, time.monotonic() - started)
 
     def task_score(self, version: VersionEntry, suite: AssetEntry, task: str) -> float:
         """Mean score of ``version`` on one task of ``suite``, measured now if it was not before."""
@@ -75,12 +80,27 @@ class Evaluator:
         stored: list[ItemResult] = parse(self.store.read_blob(entry.record.results))
         return stored
 
-    def compare(self, old: EvaluationEntry, new: EvaluationEntry, confidence: float = 0.95) -> Comparison:
-        """Paired comparison. Raises ``BadInput`` when suite or engine differ, saying which."""
-        for what in ("suite", "engine"):
-            if getattr(old.record, what) != getattr(new.record, what):
-                raise BadInput(f"the two evaluations used different {what}s; evaluate both again under one")
-        return compare(old=self.results(old), new=self.results(new), confidence=confidence)
+    def compare(
+        self,
+        old: EvaluationEntry,
+        new: EvaluationEntry,
+        confidence: float = 0.95,
+        *,
+        slice_: str | None = None,
+    ) -> Comparison:
+        """Paired comparison, of the items of one slice if asked.
+
+        Raises ``BadInput`` when suite, engine or chat template differ, saying which, and for a slice without items.
+        """
+        if told := "; ".join(differences(old.record, new.record)):
+            raise BadInput(f"not comparable: {told}; evaluate both versions under one")
+        before, after = self.results(old), self.results(new)
+        if slice_ is not None:
+            before, after = ([row for row in rows if row["slice"] == slice_] for rows in (before, after))
+            if not before:
+                known = ", ".join(sorted(old.record.summary["slices"])) or "none"
+                raise BadInput(f"the suite has no slice {slice_!r}; its slices: {known}")
+        return compare(old=before, new=after, confidence=confidence)
 
     def release_memory(self) -> None:
         """Drop the loaded model (before training loads its own)."""
@@ -113,6 +133,7 @@ class Evaluator:
         version: VersionEntry,
         suite: AssetEntry,
         results: list[ItemResult],
+        template: str | None,
         seconds: float,
     ) -> EvaluationEntry:
         body = Blob.file(canonical(results))
@@ -121,7 +142,7 @@ class Evaluator:
             content=key[0],
             suite=key[1],
             engine=key[2],
-            settings=engine_document(self.settings),
+            settings={**engine_document(self.settings), "template": template},
             results=body.digest,
             summary=summary(results),
         )
@@ -147,6 +168,35 @@ class Evaluator:
                 seconds=seconds,
             )
         return EvaluationEntry(digest, record, seconds, False)
+
+
+def differences(old: Evaluation, new: Evaluation) -> list[str]:
+    """Why two evaluations cannot be compared item by item, one line each: suite, engine setting, chat template."""
+    found = []
+    if old.suite != new.suite:
+        found.append(f"the suites differ ({_short(old.suite)} and {_short(new.suite)})")
+    if old.settings.get("template") != new.settings.get("template"):
+        templates = " and ".join(_short(e.settings.get("template")) for e in (old, new))
+        found.append(f"the chat templates differ ({templates})")
+    if old.summary.get("judges") != new.summary.get("judges"):
+        judges = " and ".join(", ".join(e.summary.get("judges", ["nobody"])) for e in (old, new))
+        found.append(f"the judges differ ({judges})")
+    if old.engine != new.engine:
+        before, after = (_flat(evaluation.settings) for evaluation in (old, new))
+        changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+        told = ", ".join(
+            f"{k} {before.get(k)} and {after.get(k)}" for k in changed if k not in ("schema", "template")
+        )
+        found.append(f"the engines differ ({told})")
+    return found
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, **settings.get("libraries", {}), "libraries": None}
+
+
+def _short(digest: str | None) -> str:
+    return f"{digest[:19]}..." if digest else "none"
 
 
 def _stored(connection: Connection, key: tuple[str, str, str]) -> EvaluationEntry | None:
@@ -177,17 +227,25 @@ def load_suite_asset(store: Store, suite: AssetEntry) -> Suite:
 def suite_asset(name: str, suite: Suite) -> tuple[Blob, dict[str, Any]]:
     """The blob and the facts under which a suite is stored."""
     body = Blob.file(canonical(suite.to_document()))
+    slices = sorted({item.slice for task in suite.tasks for item in task.items if item.slice})
     facts = {
         "digest": suite.digest,
         "items": suite.size,
         "tasks": [task.name for task in suite.tasks],
         "kinds": sorted({task.kind for task in suite.tasks}),
+        **({"slices": slices} if slices else {}),
+        **({"unit": suite.unit} if suite.unit != "share" else {}),
     }
     return body, facts
 
 
 def summary(results: list[ItemResult]) -> dict[str, Any]:
-    """Mean score over all items, per task, and per slice."""
+    """Mean score over all items, per task, and per slice; what else a type of task counts, where it does.
+
+    ``unit`` of the scores unless they are shares; ``truncated``: items whose prompt had no room; ``unfinished`` and
+    ``unreadable``: texts without an end, and judgements that said nothing; ``judges``: the models that answered as
+    judge; per perplexity task ``bits_per_byte``: all its bits over all its bytes (the score is a mean over items).
+    """
 
     def mean(rows: list[ItemResult]) -> float:
         return round(sum(row["score"] for row in rows) / len(rows), 6)
@@ -199,4 +257,26 @@ def summary(results: list[ItemResult]) -> dict[str, Any]:
         "score": mean(results),
         "tasks": {task: mean([r for r in results if r["task"] == task]) for task in tasks},
         "slices": {name: mean([r for r in results if r["slice"] == name]) for name in slices},
+        **_counts(results),
     }
+
+
+def _counts(results: list[ItemResult]) -> dict[str, Any]:
+    """Only what there is to say: the summary of a plain suite keeps its bytes."""
+    details = [row["detail"] for row in results]
+    texts = [sample for detail in details for sample in detail.get("samples", [detail])]
+    judgements = [text["judge"] for text in texts if "judge" in text]
+    sizes: dict[str, list[float]] = {}
+    for row in results:
+        if "bits" in row["detail"]:
+            bits, size = sizes.setdefault(row["task"], [0.0, 0])
+            sizes[row["task"]] = [bits + row["detail"]["bits"], size + row["detail"]["bytes"]]
+    said = {
+        "unit": results[0].get("unit"),
+        "truncated": sum("truncated" in detail for detail in details),
+        "unfinished": sum(detail.get("unfinished", 0) for detail in details),
+        "unreadable": sum("unreadable" in judgement for judgement in judgements),
+        "judges": sorted({judgement["model"] for judgement in judgements if judgement.get("model")}),
+        "bits_per_byte": {task: round(bits / size, 6) for task, (bits, size) in sorted(sizes.items())},
+    }
+    return {key: value for key, value in said.items() if value}

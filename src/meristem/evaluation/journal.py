@@ -1,0 +1,92 @@
+"""Finished batches of an evaluation under way, so that a killed one goes on where it was.
+
+One JSON line per batch with a checksum; a line torn by a kill or a full disk ends the journal there. It holds
+results of one (content, suite, engine) and is removed when those are in the store.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from meristem.store.files import disk_failure
+
+
+@dataclass(frozen=True)
+class Part:
+    """The batches of one pass over a task; see ``engine.batching.Journal``."""
+
+    file: JournalFile
+    name: str
+
+    def get(self, batch: int) -> list[Any] | None:
+        return self.file.known.get((self.name, batch))
+
+    def put(self, batch: int, values: list[Any]) -> None:
+        self.file.append(self.name, batch, values)
+
+
+class JournalFile:
+    """An open journal, held by one process."""
+
+    def __init__(self, path: Path, file: TextIO):
+        self.path, self._file = path, file
+        self.known: dict[tuple[str, int], list[Any]] = {}
+        sound = 0
+        for part, batch, values, end in _sound_lines(path):
+            self.known[part, batch] = values
+            sound = end
+        file.truncate(sound)
+        file.seek(0, os.SEEK_END)
+
+    def part(self, name: str) -> Part:
+        return Part(self, name)
+
+    def append(self, part: str, batch: int, values: list[Any]) -> None:
+        body = json.dumps([part, batch, values])
+        try:
+            self._file.write(f"{zlib.crc32(body.encode()):08x} {body}\n")
+            self._file.flush()
+        except OSError as error:
+            raise disk_failure(error, self.path) from error
+
+
+@contextmanager
+def journal_at(path: Path) -> Iterator[JournalFile | None]:
+    """The journal at ``path``, made if missing and removed when the block ends well.
+
+    ``None`` while another process holds it: then this one computes by itself.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise disk_failure(error, path) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        yield JournalFile(path, file)
+        path.unlink(missing_ok=True)
+
+
+def _sound_lines(path: Path) -> Iterator[tuple[str, int, list[Any], int]]:
+    """``(part, batch, values, offset of the next line)`` up to the first line that is not whole."""
+    at = 0
+    with path.open("rb") as file:
+        for line in file:
+            at += len(line)
+            checksum, _, body = line.rstrip(b"\n").partition(b" ")
+            if not line.endswith(b"\n") or checksum.decode("ascii", "replace") != f"{zlib.crc32(body):08x}":
+                return
+            part, batch, values = json.loads(body)
+            yield part, batch, values, at
