@@ -1,113 +1,21 @@
-"""Paired statistics against published values, brute force and simulation; verdicts at their boundaries."""
+"""Comparisons by hand: pairing, groups, units, documents. The numbers' own tests stand in test_intervals.py,
+test_significance.py and test_clusters.py."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from functools import cache
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.evaluation.paired import counts, results
 
 from meristem.errors import BadInput
-from meristem.evaluation.comparison import compare, items_for_gap, required_items
-from meristem.evaluation.intervals import bootstrap_interval, clopper_pearson, mcnemar_p, tango_interval
-from meristem.evaluation.verdicts import improvement, negative_flips, non_inferiority
+from meristem.evaluation.comparison import compare
+from meristem.evaluation.intervals import expanded
 from meristem.store.canonical import canonical
-
-
-def results(scores, slices=None, task="t"):
-    slices = slices or [None] * len(scores)
-    return [
-        {
-            "task": task,
-            "id": str(i),
-            "slice": s,
-            "score": float(v),
-            "prediction": "p",
-            "answer": "a",
-            "detail": {},
-        }
-        for i, (v, s) in enumerate(zip(scores, slices, strict=True))
-    ]
-
-
-def counts(flipped, gained, n):
-    """A comparison with these discordant pairs; the rest right in both."""
-    old = [1] * flipped + [0] * gained + [1] * (n - flipped - gained)
-    new = [0] * flipped + [1] * gained + [1] * (n - flipped - gained)
-    return compare(old=results(old), new=results(new))
-
-
-@pytest.mark.parametrize(
-    ("flipped", "gained", "n", "confidence", "low", "high"),
-    [
-        (7, 1, 21, 0.95, None, None),  # Bentur 2009 in Fagerland, Lydersen & Laake 2014, signs turned
-        (25, 28, 618, 0.90, -0.0148, 0.0247),  # R, PropCIs::scoreci.mp(25, 28, 618, 0.90)
-    ],
-)
-def test_tango_published_values(flipped, gained, n, confidence, low, high):
-    found = tango_interval(flipped, gained, n, confidence)
-    if low is None:
-        assert found == pytest.approx((-0.517, -0.026), abs=5e-4)
-    else:
-        assert found == pytest.approx((low, high), abs=5e-5)
-
-
-def score_statistic(b, c, n, delta):
-    """|Z| with the constrained MLE found by brute force over P(old right, new wrong)."""
-    grid = np.linspace(max(0.0, -delta), (1 - delta) / 2, 40_001)[1:-1]
-    other = grid + delta
-    rest = 1 - grid - other
-    with np.errstate(divide="ignore", invalid="ignore"):
-        terms = [k * np.log(p) if k else 0 * p for k, p in ((b, grid), (c, other), (n - b - c, rest))]
-    q = grid[np.nanargmax(sum(terms))]
-    return abs(c - b - n * delta) / math.sqrt(n * (2 * q + delta * (1 - delta)))
-
-
-@pytest.mark.parametrize(("b", "c", "n"), [(3, 9, 40), (0, 4, 25), (5, 0, 30), (10, 10, 60), (1, 1, 8)])
-def test_tango_ends_solve_the_score_equation_by_brute_force(b, c, n):
-    for end in tango_interval(b, c, n, 0.95):
-        assert score_statistic(b, c, n, end) == pytest.approx(1.959964, abs=2e-3)
-
-
-@pytest.mark.parametrize("n", [1, 10, 400])
-def test_tango_without_discordant_pairs_is_not_a_point(n):
-    edge = 1.959964**2 / (n + 1.959964**2)
-    assert tango_interval(0, 0, n, 0.95) == pytest.approx((-edge, edge), abs=1e-6)
-
-
-@pytest.mark.parametrize("rates", [(0.05, 0.10), (0.02, 0.02), (0.01, 0.0), (0.15, 0.1)])
-def test_tango_coverage_by_simulation(rates):
-    rng = np.random.default_rng(0)
-    n, truth = 80, rates[1] - rates[0]
-    draws = rng.multinomial(n, [*rates, 1 - sum(rates)], size=4000)
-    interval = cache(lambda b, c: tango_interval(b, c, n, 0.95))
-    hits = [
-        low - 1e-12 <= truth <= high + 1e-12 for low, high in (interval(int(b), int(c)) for b, c, _ in draws)
-    ]
-    assert np.mean(hits) >= 0.935
-
-
-@pytest.mark.parametrize(("b", "c"), [(0, 0), (0, 5), (3, 9), (6, 6), (10, 2)])
-def test_mcnemar_by_enumeration(b, c):
-    """Share of all 2^n ways to turn the discordant pairs that are at most as likely as this one."""
-    n = b + c
-    as_extreme = sum(math.comb(n, sum(w)) <= math.comb(n, b) for w in itertools.product((0, 1), repeat=n))
-    assert mcnemar_p(b, c) == pytest.approx(as_extreme / 2**n)
-
-
-def test_clopper_pearson_and_bootstrap():
-    assert clopper_pearson(0, 10, 0.95) == pytest.approx((0, 1 - 0.025 ** (1 / 10)))
-    assert bootstrap_interval([0.25] * 9, 0.95, 0) == (0.25, 0.25)
-    values = np.random.default_rng(1).normal(0.3, 1, 200)
-    low, high = bootstrap_interval(list(values), 0.95, 0)
-    half = 1.96 * values.std() / math.sqrt(200)
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
-    assert bootstrap_interval(list(values), 0.95, 0) == (low, high)
 
 
 def test_a_comparison_by_hand():
@@ -115,16 +23,20 @@ def test_a_comparison_by_hand():
     new = results([0, 1, 1, 0, 1], ["x", "x", "y", None, "y"])
     found = compare(old=old, new=new[::-1])
     assert (found.n, found.old_score, found.new_score, found.difference) == (5, 0.6, 0.6, 0.0)
-    assert (found.flipped, found.gained, found.nfr) == (("t/0",), ("t/2",), 0.2)
+    assert (found.flipped, found.gained, found.nfr, found.pfr) == (("t/0",), ("t/2",), 0.2, 0.2)
     assert found.variance == pytest.approx(0.4)
-    assert [(g.name, g.n, g.difference, g.flipped, g.gained) for g in found.slices] == [
-        ("x", 2, -0.5, 1, 0),
-        ("y", 2, 0.5, 0, 1),
+    assert [(g.name, g.n, g.difference, g.flipped, g.gained, g.nfr, g.pfr) for g in found.slices] == [
+        ("x", 2, -0.5, 1, 0, 0.5, 0.0),
+        ("y", 2, 0.5, 0, 1, 0.0, 0.5),
     ]
-    assert [g.name for g in found.tasks] == ["t"]
+    assert all(g.too_few and g.p_adjusted is None and not g.regressed for g in found.slices)
+    assert [(g.name, g.too_few, g.p_worse) for g in found.tasks] == [("t", False, 0.75)]
+    assert (found.test, found.p_value, found.mcnemar_p) == ("mcnemar", 1.0, 1.0)
+    assert (found.unit, found.clusters, found.design_effect, found.unproven) == (None, None, 1.0, "")
     document = found.to_document()
     canonical(document)
     assert json.loads(json.dumps(document)) == document
+    assert "sample" not in document and "bootstrap" in document
 
 
 @pytest.mark.parametrize(
@@ -137,6 +49,20 @@ def test_a_comparison_by_hand():
         (results([1]) * 2, results([1]), "an item twice"),
         (results([1]), results([math.nan]), "not a finite number"),
         (results([1]), [{**results([1])[0], "answer": "b"}], "two different answers"),
+        (results([1]), results([-3.2]), "new score of item t/0 is -3.2, not a share"),
+        (results([-1], unit="nats"), results([1]), "old scores are in nats, the new in shares"),
+        (
+            results([-1], unit="nats"),
+            results([-1], unit="bits_per_byte"),
+            "in nats, the new in bits_per_byte",
+        ),
+        (results([-1], unit="nats"), results([1]) + results([-1], task="u", unit="nats"), "stand in one"),
+        (
+            [*results([1]), *results([-1], task="u", unit="nats")],
+            [*results([1]), *results([-1], task="u", unit="nats")],
+            "old results mix scores of different units",
+        ),
+        (results([1], unit="bananas"), results([1], unit="bananas"), "unknown unit 'bananas'"),
     ],
 )
 def test_results_that_cannot_be_paired(old, new, message):
@@ -162,10 +88,12 @@ def test_graded_scores_use_the_bootstrap():
     rng = np.random.default_rng(0)
     found = compare(old=results(rng.random(50)), new=results(rng.random(50)))
     assert not found.binary
-    assert found.interval == found.bootstrap
-    assert found.tasks[0].interval is None
+    assert found.interval == found.sample.bootstrap(expanded(0.95, 50), 0)
+    assert found.tasks[0].interval == found.interval
     low, high = found.bounds(0.95)
     assert found.interval[0] < low < found.difference < high < found.interval[1]
+    assert found.interval[0] < found.bootstrap[0]  # the plain one is too narrow for 50 items
+    assert found.test == "permutation" and found.p_value > 0.05
 
 
 @settings(max_examples=30, deadline=None)
@@ -181,86 +109,55 @@ def test_swapping_old_and_new_negates_the_difference(pairs):
     assert one.bounds(0.95)[0] >= one.interval[0] - 1e-12
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(0, 30),
-    st.integers(0, 30),
-    st.integers(0, 200),
-    st.floats(0, 0.3),
-)
-def test_non_inferiority_follows_its_definition(flipped, gained, same, margin):
-    if flipped + gained + same == 0:
-        return
-    found = counts(flipped, gained, flipped + gained + same)
-    low, high = found.bounds(0.95)
-    expected = "pass" if low > -margin else "fail" if high < 0 else "inconclusive"
-    verdict = non_inferiority(found, margin)
-    assert verdict.outcome == expected
-    assert verdict.needed is None or (expected == "inconclusive" and verdict.needed > found.n)
+def sliced(flips, n=40):
+    """One slice per entry, of ``n`` items of which the first so many flipped."""
+    old, new, names = [], [], []
+    for name, flipped in flips.items():
+        old += [1] * n
+        new += [0] * flipped + [1] * (n - flipped)
+        names += [name] * n
+    return compare(old=results(old, names), new=results(new, names))
 
 
-def test_verdict_boundaries_are_strict_and_reasons_carry_numbers():
-    found = counts(4, 4, 200)
-    low, _ = found.bounds(0.95)
-    assert non_inferiority(found, -low).outcome == "inconclusive"
-    assert non_inferiority(found, -low + 1e-9).passed
-    worse = non_inferiority(counts(30, 2, 100), 0.02)
-    assert worse.outcome == "fail"
-    assert "100.00" not in worse.reason
-    assert "-28.00 points" in worse.reason
-    assert non_inferiority(counts(5, 5, 40), 0.0).needed is None  # equal on average: margin 0 never settles
-    gained = counts(0, 20, 100)
-    low, high = gained.bounds(0.95)
-    assert improvement(gained, low - 1e-9).passed
-    assert improvement(gained, low).outcome == "inconclusive"
-    assert improvement(gained, high).outcome == "inconclusive"
-    assert improvement(gained, high + 1e-9).outcome == "fail"
-    low, high = found.nfr_bounds(0.95)
-    assert negative_flips(found, high).passed
-    assert negative_flips(found, high - 1e-9).outcome == "inconclusive"
-    assert negative_flips(found, low).outcome == "inconclusive"
-    assert negative_flips(found, low - 1e-9).outcome == "fail"
-    assert "4 of 200 items went from right to wrong (2.00%" in negative_flips(found, 0.5).reason
-    canonical(worse.to_document())
+def test_holm_over_slices_by_hand():
+    """One-sided exact McNemar of k flips is 2^-k: 1/128, 1/64, 1/32 and 1 over four slices."""
+    found = {g.name: g for g in sliced({"a": 6, "b": 7, "c": 5, "d": 0}).slices}
+    assert [found[k].p_worse for k in "abcd"] == [1 / 64, 1 / 128, 1 / 32, 1.0]
+    assert [found[k].p_adjusted for k in "abcd"] == pytest.approx([3 / 64, 4 / 128, 2 / 32, 1.0])
+    comparison = sliced({"a": 6, "b": 7, "c": 5, "d": 0})
+    assert comparison.regressed == ("a", "b")
+    assert not found["c"].regressed  # 1/32 < 0.05 alone, not among four
 
 
-def test_ten_agreeing_items_prove_little():
-    few = counts(0, 0, 10)
-    assert few.bootstrap == (0.0, 0.0)
-    verdict = non_inferiority(few, 0.02)
-    assert verdict.outcome == "inconclusive"
-    assert non_inferiority(counts(0, 0, verdict.needed), 0.02).passed
+def test_slices_of_a_handful_are_too_few_to_be_asked():
+    """Four lost items of four: 2^-4 > 0.05, so the slice cannot be significant and costs the others nothing."""
+    old = results([1] * 44, ["tiny"] * 4 + ["big"] * 40)
+    new = results([0] * 4 + [0] * 5 + [1] * 35, ["tiny"] * 4 + ["big"] * 40)
+    big, tiny = compare(old=old, new=new).slices
+    assert tiny.too_few and tiny.p_adjusted is None and not tiny.regressed
+    assert tiny.nfr == 1.0
+    assert big.p_adjusted == big.p_worse == 1 / 32 and big.regressed
 
 
-@pytest.mark.parametrize("gate", [non_inferiority, improvement, negative_flips])
-@pytest.mark.parametrize("value", [-0.1, 1.5, math.nan])
-def test_shares_are_checked(gate, value):
-    with pytest.raises(BadInput, match="between 0 and 1"):
-        gate(counts(1, 1, 4), value)
-
-
-def test_required_items_has_the_promised_power():
-    b, c, margin = 0.06, 0.05, 0.03
-    variance = b + c - (c - b) ** 2
-    n = required_items(c - b, variance, margin)
+def test_scores_with_a_unit_have_no_flips():
     rng = np.random.default_rng(0)
-    draws = rng.multinomial(n, [b, c, 1 - b - c], size=600)
-    passed = np.mean([tango_interval(int(x), int(y), n, 0.9)[0] > -margin for x, y, _ in draws])
-    assert 0.74 <= passed <= 0.86
+    old = -rng.uniform(0.8, 1.2, 60)
+    found = compare(
+        old=results(old, ["x", "y"] * 30, unit="bits_per_byte"),
+        new=results(old - 0.1 + rng.normal(0, 0.01, 60), ["x", "y"] * 30, unit="bits_per_byte"),
+    )
+    assert (found.unit, found.binary, found.flipped, found.gained) == ("bits_per_byte", False, (), ())
+    assert (found.nfr, found.pfr, found.nfr_interval, found.mcnemar_p) == (None, None, None, None)
+    assert found.difference == pytest.approx(-0.1, abs=0.01)
+    assert found.interval[1] < -0.09 and found.unproven == ""
+    assert [(g.flipped, g.gained, g.nfr, g.pfr, g.regressed) for g in found.slices] == [
+        (None,) * 4 + (True,)
+    ] * 2
+    with pytest.raises(BadInput, match="bits_per_byte are neither right nor wrong"):
+        found.nfr_bounds(0.95)
+    canonical(found.to_document())
 
 
-def test_required_items_cases():
-    assert required_items(0.0, 0.1, 0.0) is None
-    assert required_items(-0.02, 0.1, 0.02) == items_for_gap(0.02, 0.1, 0.95)  # only failing can settle it
-    assert required_items(-0.1, 0.1, 0.02) == items_for_gap(0.1, 0.1, 0.95)
-    assert required_items(0.0, 0.1, 0.02) < required_items(0.0, 0.1, 0.01)
-    assert required_items(0.0, 0.0, 0.02) > 100
-
-
-def test_flip_items_needed_settle_it():
-    found = counts(2, 0, 40)
-    verdict = negative_flips(found, 0.08)
-    assert verdict.outcome == "inconclusive"
-    n = verdict.needed
-    assert negative_flips(counts(round(0.05 * n), 0, n), 0.08).passed
-    assert negative_flips(counts(2, 0, 40), 0.05).needed is None
+def test_scores_of_0_and_1_in_nats_are_not_right_and_wrong():
+    found = compare(old=results([0, 1] * 20, unit="nats"), new=results([1, 1] * 20, unit="nats"))
+    assert not found.binary and found.gained == ()

@@ -3,47 +3,56 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 from meristem.errors import BadInput
-from meristem.evaluation.intervals import (
-    Interval,
-    bootstrap_interval,
-    clopper_pearson,
-    mcnemar_p,
-    tango_interval,
-    z_value,
-)
+from meristem.evaluation.intervals import Interval
+from meristem.evaluation.pairing import Pair, paired
 from meristem.evaluation.results import ItemResult
+from meristem.evaluation.sample import Sample, fell
+from meristem.evaluation.significance import fewest, holm, mcnemar_p
 
 SCHEMA = "meristem/comparison/v1"
-RIGHT = 0.5  # a score at or above counts as right where a flip is counted
-Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Group:
-    """The items of one task or one slice. ``interval`` is Tango's, ``None`` for graded scores."""
+    """The items of one task or one slice; ``flipped`` to ``pfr`` are ``None`` where ``unit`` is no share.
+
+    ``p_worse``: one-sided, against "it got worse". ``p_adjusted``: Holm's over the slices (tasks) that have
+    enough items, ``None`` where ``too_few``: so few that no outcome could be significant. ``regressed``:
+    ``p_adjusted`` below 1 - confidence. ``interval``: two-sided, not adjusted, ``None`` where unproven.
+    """
 
     name: str
     n: int
     old_score: float
     new_score: float
     difference: float
-    flipped: int
-    gained: int
+    flipped: int | None
+    gained: int | None
     interval: Interval | None
+    nfr: float | None
+    pfr: float | None
+    p_worse: float
+    p_adjusted: float | None = None
+    too_few: bool = False
+    regressed: bool = False
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything a gate or a report asks about two versions. Difference = new - old.
+    """Everything a gate or a report asks about two versions. Difference = new - old; higher is better.
 
     ``flipped`` / ``gained``: items (``task/id``) that went right -> wrong (negative flips) / wrong ->
-    right. ``nfr`` = flipped / n. ``variance`` is that of the per-item difference. Intervals are two-sided
-    at ``confidence``; ``bounds`` gives one-sided ones.
+    right. ``nfr`` = flipped / n, ``pfr`` = gained / n. ``variance`` is that of the per-item difference.
+    Intervals are two-sided at ``confidence``; ``bounds`` gives one-sided ones. ``p_value`` is that of ``test``;
+    ``mcnemar_p`` takes items as independent. ``clusters``: sources that items share (``None``: none is shared).
+    ``unit``: of the scores, ``None`` for shares in [0, 1]; only shares can flip, so with a unit the flips are
+    empty and their rates ``None``. ``unproven``: why ``interval`` cannot be believed; no verdict passes then.
     """
 
     n: int
@@ -55,33 +64,55 @@ class Comparison:
     flipped: tuple[str, ...]
     gained: tuple[str, ...]
     confidence: float
-    mcnemar_p: float
+    mcnemar_p: float | None
     interval: Interval
-    bootstrap: Interval
-    nfr: float
-    nfr_interval: Interval
+    nfr: float | None
+    nfr_interval: Interval | None
     tasks: tuple[Group, ...]
     slices: tuple[Group, ...]
-    seed: int = 0
-    differences: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    seed: int
+    pfr: float | None
+    test: str
+    p_value: float
+    unit: str | None
+    clusters: int | None
+    design_effect: float
+    unproven: str
+    sample: Sample = field(repr=False, compare=False)
+
+    @cached_property
+    def bootstrap(self) -> Interval:
+        """Plain BCa interval, whatever the scores."""
+        return self.sample.bootstrap(self.confidence, self.seed)
+
+    @property
+    def regressed(self) -> tuple[str, ...]:
+        """Slices that got worse, by Holm's correction over all of them."""
+        return tuple(group.name for group in self.slices if group.regressed)
 
     def bounds(self, confidence: float) -> Interval:
         """One-sided lower and upper bounds of the difference, each at ``confidence``.
 
-        Tango's for binary scores, BCa for graded ones.
+        Tango's for binary scores, BCa for graded ones, both aware of clusters.
         """
         check_confidence(confidence)
-        return _difference_interval(self.differences, self.binary, 2 * confidence - 1, self.seed)
+        return self.sample.interval(2 * confidence - 1, self.seed)
 
     def nfr_bounds(self, confidence: float) -> Interval:
-        """One-sided Clopper-Pearson bounds of the negative-flip rate."""
+        """One-sided Clopper-Pearson bounds of the negative-flip rate. ``BadInput`` for scores with a unit."""
         check_confidence(confidence)
-        return clopper_pearson(len(self.flipped), self.n, 2 * confidence - 1)
+        if self.unit is not None:
+            raise BadInput(
+                f"scores in {self.unit} are neither right nor wrong, so no item flips; use another gate"
+            )
+        return self.sample.flip_interval(2 * confidence - 1)
 
     def to_document(self) -> dict[str, Any]:
         """JSON value; per-item differences stay with the results they came from."""
-        document = {key: _plain(value) for key, value in asdict(self).items() if key != "differences"}
-        return {"schema": SCHEMA, **document}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sample"}
+        own["tasks"] = [asdict(group) for group in self.tasks]
+        own["slices"] = [asdict(group) for group in self.slices]
+        return {"schema": SCHEMA, **{k: _plain(v) for k, v in {**own, "bootstrap": self.bootstrap}.items()}}
 
 
 def compare(
@@ -89,60 +120,39 @@ def compare(
 ) -> Comparison:
     """Pair results by (task, id). ``BadInput`` unless both hold the same items with the same answers."""
     check_confidence(confidence)
-    before, after = _by_key(old, "old"), _by_key(new, "new")
-    _check_same(before, after)
-    keys = list(before)  # the order of the old results; sums are exact, so the order changes nothing
-    pairs = [(before[key]["score"], after[key]["score"]) for key in keys]
-    binary = all(score in (0.0, 1.0) for pair in pairs for score in pair)
-    whole = _group("", pairs, binary, confidence)
-    differences = tuple(sorted(b - a for a, b in pairs))
-    mean = whole.difference
-    flipped = tuple("/".join(key) for key, pair in zip(keys, pairs, strict=True) if _fell(*pair))
-    gained = tuple("/".join(key) for key, pair in zip(keys, pairs, strict=True) if _fell(*pair[::-1]))
-    bootstrap = bootstrap_interval(differences, confidence, seed)
+    pairs, unit = paired(old, new)
+    binary = unit is None and all(score in (0.0, 1.0) for pair in pairs for score in pair.scores)
+    sample = _sample(pairs, binary, unit is None)
+    share = unit is None
+    flipped = tuple(pair.name for pair in pairs if share and fell(*pair.scores))
+    gained = tuple(pair.name for pair in pairs if share and fell(*pair.scores[::-1]))
+    whole = _group("", pairs, sample, confidence, seed)
     return Comparison(
         n=whole.n,
         old_score=whole.old_score,
         new_score=whole.new_score,
-        difference=mean,
-        variance=math.fsum((d - mean) ** 2 for d in differences) / len(differences),
+        difference=whole.difference,
+        variance=sample.variance,
         binary=binary,
         flipped=flipped,
         gained=gained,
         confidence=confidence,
-        mcnemar_p=mcnemar_p(len(flipped), len(gained)),
-        interval=whole.interval or bootstrap,
-        bootstrap=bootstrap,
-        nfr=len(flipped) / whole.n,
-        nfr_interval=clopper_pearson(len(flipped), whole.n, confidence),
-        tasks=_groups(keys, [key[0] for key in keys], pairs, binary, confidence),
-        slices=_groups(keys, [before[key]["slice"] for key in keys], pairs, binary, confidence),
+        mcnemar_p=mcnemar_p(len(flipped), len(gained)) if share else None,
+        interval=whole.interval or sample.interval(confidence, seed),
+        nfr=whole.nfr,
+        nfr_interval=sample.flip_interval(confidence) if share else None,
+        tasks=_groups(pairs, "task", sample, confidence, seed),
+        slices=_groups(pairs, "slice", sample, confidence, seed),
         seed=seed,
-        differences=differences,
+        pfr=whole.pfr,
+        test=sample.test,
+        p_value=sample.p_value(seed),
+        unit=unit,
+        clusters=sample.clusters,
+        design_effect=sample.design_effect,
+        unproven=sample.unproven,
+        sample=sample,
     )
-
-
-def required_items(
-    diff: float, variance: float, margin: float, confidence: float = 0.95, power: float = 0.8
-) -> int | None:
-    """Items that would settle "is new worse than old by ``margin`` or more?" if ``diff`` is the truth.
-
-    The lower bound passes -margin once ``n >= variance (z_conf + z_power)^2 / (diff + margin)^2``; when
-    ``diff`` is negative the upper bound may fall below 0 first, at the same formula with ``|diff|``. Never
-    fewer than ``z^2 (1 - g) / g`` for the gap g, which is what Tango's interval needs even without any
-    discordant pair. ``None`` when neither gap exists, so that no number of items settles it.
-    """
-    check_confidence(confidence)
-    gaps = [gap for gap in (diff + margin, -diff) if gap > 1e-12]
-    return min((items_for_gap(gap, variance, confidence, power) for gap in gaps), default=None)
-
-
-def items_for_gap(gap: float, variance: float, confidence: float, power: float = 0.8) -> int:
-    """Items after which a one-sided bound clears a distance ``gap`` with probability ``power``."""
-    z = z_value(confidence)
-    normal = variance * (z + z_value(power)) ** 2 / gap**2
-    agreement = z * z * max(0.0, 1 - gap) / gap
-    return max(1, math.ceil(max(normal, agreement)) + 1)
 
 
 def check_confidence(confidence: float) -> None:
@@ -150,73 +160,48 @@ def check_confidence(confidence: float) -> None:
         raise BadInput(f"confidence must lie between 0.5 and 1 (for example 0.95), not {confidence}")
 
 
-def _by_key(results: Sequence[ItemResult], name: str) -> dict[Key, ItemResult]:
-    found = {(result["task"], result["id"]): result for result in results}
-    if not found:
-        raise BadInput(f"the {name} results are empty; there is nothing to compare")
-    if len(found) != len(results):
-        raise BadInput(f"the {name} results hold an item twice; evaluate the suite again")
-    bad = next((key for key, result in found.items() if not math.isfinite(result["score"])), None)
-    if bad is not None:
-        raise BadInput(f"the {name} score of item {'/'.join(bad)} is not a finite number")
-    return found
-
-
-def _check_same(before: dict[Key, ItemResult], after: dict[Key, ItemResult]) -> None:
-    different = before.keys() ^ after.keys()
-    if different:
-        shown = ", ".join("/".join(key) for key in sorted(different)[:5])
-        raise BadInput(
-            f"not the same items: {len(different)} stand in one result only ({shown}); "
-            "evaluate both versions on the same suite"
-        )
-    changed = next((key for key in before if before[key]["answer"] != after[key]["answer"]), None)
-    if changed:
-        raise BadInput(f"item {'/'.join(changed)} has two different answers; evaluate both on the same suite")
-
-
-def _fell(start: float, end: float) -> bool:
-    return start >= RIGHT > end
+def _sample(pairs: Sequence[Pair], binary: bool, share: bool) -> Sample:
+    return Sample.of([p.scores for p in pairs], [p.cluster for p in pairs], binary, share)
 
 
 def _groups(
-    keys: Sequence[Key],
-    names: Iterable[str | None],
-    pairs: Sequence[tuple[float, float]],
-    binary: bool,
-    confidence: float,
+    pairs: Sequence[Pair], key: str, whole: Sample, confidence: float, seed: int
 ) -> tuple[Group, ...]:
-    members: dict[str, list[tuple[float, float]]] = {}
-    for name, pair in zip(names, pairs, strict=True):
-        if name is not None:
+    """Groups by name, with Holm's correction over those that have enough items to be significant."""
+    members: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        if (name := getattr(pair, key)) is not None:
             members.setdefault(name, []).append(pair)
-    return tuple(_group(name, members[name], binary, confidence) for name in sorted(members))
-
-
-def _group(name: str, pairs: Sequence[tuple[float, float]], binary: bool, confidence: float) -> Group:
-    n = len(pairs)
-    flipped = sum(_fell(*pair) for pair in pairs)
-    gained = sum(_fell(*pair[::-1]) for pair in pairs)
-    return Group(
-        name=name,
-        n=n,
-        old_score=math.fsum(a for a, _ in pairs) / n,
-        new_score=math.fsum(b for _, b in pairs) / n,
-        difference=math.fsum(b - a for a, b in pairs) / n,
-        flipped=flipped,
-        gained=gained,
-        interval=tango_interval(flipped, gained, n, confidence) if binary else None,
+    alpha, made = 1 - confidence, []
+    for name in sorted(members):
+        sample = _sample(members[name], whole.binary, whole.share)
+        group = _group(name, members[name], sample, confidence, seed)
+        made.append(replace(group, too_few=len(sample.blocks) < fewest(alpha)))
+    asked = [group for group in made if not group.too_few]
+    adjusted = {g.name: p for g, p in zip(asked, holm([g.p_worse for g in asked]), strict=True)}
+    return tuple(
+        replace(group, p_adjusted=adjusted[group.name], regressed=adjusted[group.name] < alpha)
+        if group.name in adjusted
+        else group
+        for group in made
     )
 
 
-def _difference_interval(
-    differences: Sequence[float], binary: bool, confidence: float, seed: int
-) -> Interval:
-    if not binary:
-        return bootstrap_interval(differences, confidence, seed)
-    flipped = sum(d < 0 for d in differences)
-    gained = sum(d > 0 for d in differences)
-    return tango_interval(flipped, gained, len(differences), confidence)
+def _group(name: str, pairs: Sequence[Pair], sample: Sample, confidence: float, seed: int) -> Group:
+    n, share = sample.n, sample.share
+    return Group(
+        name=name,
+        n=n,
+        old_score=math.fsum(pair.scores[0] for pair in pairs) / n,
+        new_score=math.fsum(pair.scores[1] for pair in pairs) / n,
+        difference=math.fsum(pair.scores[1] - pair.scores[0] for pair in pairs) / n,
+        flipped=sample.flipped if share else None,
+        gained=sample.gained if share else None,
+        interval=None if sample.unproven else sample.interval(confidence, seed),
+        nfr=sample.flipped / n if share else None,
+        pfr=sample.gained / n if share else None,
+        p_worse=sample.p_value(seed, "less"),
+    )
 
 
 def _plain(value: Any) -> Any:

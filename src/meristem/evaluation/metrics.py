@@ -1,4 +1,4 @@
-"""Continual-learning metrics of a task matrix."""
+"""Continual-learning metrics: of a task matrix, and across stages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ Score = float | None
 
 @dataclass(frozen=True)
 class TaskMatrix:
-    """``scores[t][i]`` = A[t,i], the score on task i after learning task t (T x T); ``baseline[i]`` = b_i.
+    """``scores[t][i]`` = A[t,i], the score on task i after learning task t (T x T); ``baseline[i]`` = b_i, before
+    any training; ``single[i]`` = s_i, of a model trained on task i alone from the same start.
 
     ``None`` marks a score that was not measured. A metric that needs one is ``None`` itself, and so is a
     metric without a defined value (BWT and FWT of one task, FWT without a baseline). Signs follow the
@@ -23,19 +24,23 @@ class TaskMatrix:
 
     scores: Sequence[Sequence[Score]]
     baseline: Sequence[Score] | None = None
+    single: Sequence[Score] | None = None
 
     def __post_init__(self) -> None:
         rows = tuple(tuple(row) for row in self.scores)
         object.__setattr__(self, "scores", rows)
-        if self.baseline is not None:
-            object.__setattr__(self, "baseline", tuple(self.baseline))
         if not rows or any(len(row) != len(rows) for row in rows):
             raise BadInput(
                 f"a task matrix is square: {len(rows)} rows of {[len(row) for row in rows]} scores"
             )
-        if self.baseline is not None and len(self.baseline) != len(rows):
-            raise BadInput(f"{len(self.baseline)} baseline scores for {len(rows)} tasks")
-        values = [v for row in (*rows, self.baseline or ()) for v in row if v is not None]
+        for name in ("baseline", "single"):
+            beside = getattr(self, name)
+            if beside is not None:
+                object.__setattr__(self, name, tuple(beside))
+                if len(beside) != len(rows):
+                    raise BadInput(f"{len(beside)} {name} scores for {len(rows)} tasks")
+        rows += (tuple(self.baseline or ()), tuple(self.single or ()))
+        values = [v for row in rows for v in row if v is not None]
         if not all(math.isfinite(value) for value in values):
             raise BadInput("a task matrix holds finite numbers, or None where nothing was measured")
 
@@ -51,11 +56,31 @@ class TaskMatrix:
 
     @property
     def fwt(self) -> Score:
-        """``mean_{i>1} (A[i-1,i] - b_i)``"""
+        """``mean_{i>1} (A[i-1,i] - b_i)``: what earlier tasks gave a task before it was learned."""
         if self.baseline is None:
             return None
         baseline = self.baseline
         return _mean([_minus(self.scores[i - 1][i], baseline[i]) for i in range(1, len(self.scores))])
+
+    @property
+    def fwt_trained(self) -> Score:
+        """``mean_{i>1} (A[i,i] - s_i)``: what earlier tasks gave a task once it was learned (the reading of SAPT
+        and others)."""
+        if self.single is None:
+            return None
+        single = self.single
+        return _mean([_minus(self.scores[i][i], single[i]) for i in range(1, len(self.scores))])
+
+    @property
+    def fwt_printed(self) -> Score:
+        """``1/(T-1) sum_{i=2}^{T-1} (A[T,i] - b_i)``: the formula as some surveys print it, which mixes transfer and
+        forgetting and leaves out the last task. For quoting them only."""
+        if self.baseline is None or len(self.scores) < 2:
+            return None
+        baseline, last = self.baseline, len(self.scores) - 1
+        gains = [_minus(self.scores[-1][i], baseline[i]) for i in range(1, last)]
+        known = [gain for gain in gains if gain is not None]
+        return math.fsum(known) / last if len(known) == len(gains) else None
 
     @property
     def forgetting(self) -> Score:
@@ -74,7 +99,16 @@ class TaskMatrix:
             "bwt": self.bwt,
             "fwt": self.fwt,
             "forgetting": self.forgetting,
+            "single": None if self.single is None else list(self.single),
+            "fwt_trained": self.fwt_trained,
+            "fwt_printed": self.fwt_printed,
         }
+
+
+def mean_delta(first: Sequence[Score], last: Sequence[Score]) -> Score:
+    """``mean_i (R[t,i] - R[0,i])`` over suites of one kind: GAD on general, IFD on instruction, SD on safety
+    suites. Negative = lost. ``None`` without suites or where a score is missing."""
+    return _mean([_minus(after, before) for before, after in zip(first, last, strict=True)])
 
 
 def _minus(left: Score, right: Score) -> Score:

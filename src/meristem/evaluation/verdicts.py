@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from meristem.errors import BadInput
-from meristem.evaluation.comparison import Comparison, items_for_gap, required_items
-from meristem.evaluation.intervals import clopper_pearson
+from meristem.evaluation.comparison import Comparison
+from meristem.evaluation.power import Question, flip_items_needed, items_needed
+from meristem.evaluation.sample import LEAST_BLOCKS
 
 Outcome = Literal["pass", "fail", "inconclusive"]
-MOST_ITEMS = 10_000_000
+UNITS = {None: "points", "bits_per_byte": "bits per byte", "nats": "nats"}
 
 
 @dataclass(frozen=True)
@@ -39,87 +40,77 @@ class Verdict:
 
 def non_inferiority(comparison: Comparison, margin: float, confidence: float = 0.95) -> Verdict:
     """*pass* when the one-sided lower bound of (new - old) lies above -margin; else *fail* when the
-    one-sided upper bound lies below 0; else *inconclusive*."""
-    _check_share("margin", margin)
+    one-sided upper bound lies below 0; else *inconclusive*. ``margin`` is in the unit of the scores."""
+    _check_amount("margin", margin, comparison)
     lower, upper = comparison.bounds(confidence)
     numbers = _numbers(comparison, lower, upper, confidence) | {"margin": margin}
+    question = Question(-margin, 0.0, confidence)
     told = _told(comparison, lower, upper, confidence)
+    if comparison.unproven:
+        return _unproven(comparison, numbers, question)
     if lower > -margin:
-        return Verdict("pass", f"not worse by {_points(margin)} points: {told}", numbers)
+        return Verdict("pass", f"not worse by {_amount(margin, comparison)}: {told}", numbers)
     if upper < 0:
         return Verdict("fail", f"worse than before: {told}", numbers)
-    needed = required_items(comparison.difference, comparison.variance, margin, confidence)
-    return _unsettled(
-        f"cannot rule out a loss of {_points(margin)} points: {told}", numbers, needed, comparison.n
-    )
+    text = f"cannot rule out a loss of {_amount(margin, comparison)}: {told}"
+    return _unsettled(text, numbers, items_needed(comparison.sample, question), comparison.n)
 
 
 def improvement(comparison: Comparison, min_gain: float = 0.0, confidence: float = 0.95) -> Verdict:
     """*pass* when the one-sided lower bound of (new - old) lies above ``min_gain``; *fail* when the upper
-    bound lies below it; else *inconclusive*."""
-    _check_share("min_gain", min_gain)
+    bound lies below it; else *inconclusive*. ``min_gain`` is in the unit of the scores."""
+    _check_amount("min_gain", min_gain, comparison)
     lower, upper = comparison.bounds(confidence)
     numbers = _numbers(comparison, lower, upper, confidence) | {"min_gain": min_gain}
+    question = Question(min_gain, min_gain, confidence)
     told = _told(comparison, lower, upper, confidence)
+    if comparison.unproven:
+        return _unproven(comparison, numbers, question)
     if lower > min_gain:
-        return Verdict("pass", f"better by more than {_points(min_gain)} points: {told}", numbers)
+        return Verdict("pass", f"better by more than {_amount(min_gain, comparison)}: {told}", numbers)
     if upper < min_gain:
-        return Verdict("fail", f"not better by {_points(min_gain)} points: {told}", numbers)
-    gap = abs(comparison.difference - min_gain)
-    needed = items_for_gap(gap, comparison.variance, confidence) if gap > 1e-12 else None
-    text = f"a gain of more than {_points(min_gain)} points is not shown: {told}"
-    return _unsettled(text, numbers, needed, comparison.n)
+        return Verdict("fail", f"not better by {_amount(min_gain, comparison)}: {told}", numbers)
+    text = f"a gain of more than {_amount(min_gain, comparison)} is not shown: {told}"
+    return _unsettled(text, numbers, items_needed(comparison.sample, question), comparison.n)
 
 
 def negative_flips(comparison: Comparison, max_rate: float, confidence: float = 0.95) -> Verdict:
     """*pass* when the one-sided Clopper-Pearson upper bound of the negative-flip rate is at most
-    ``max_rate``; *fail* when the lower bound is above it; else *inconclusive*."""
+    ``max_rate``; *fail* when the lower bound is above it; else *inconclusive*. ``BadInput`` for scores with
+    a unit: nothing flips there."""
     _check_share("max_rate", max_rate)
     lower, upper = comparison.nfr_bounds(confidence)
     flips, n = len(comparison.flipped), comparison.n
+    rate = flips / n
     numbers = {
         "n": n,
         "flipped": flips,
-        "nfr": comparison.nfr,
+        "nfr": rate,
         "lower": lower,
         "upper": upper,
         "confidence": confidence,
         "max_rate": max_rate,
     }
     told = (
-        f"{flips} of {n} items went from right to wrong ({comparison.nfr:.2%}, {confidence:.4g} one-sided "
+        f"{flips} of {n} items went from right to wrong ({rate:.2%}, {confidence:.4g} one-sided "
         f"bounds {lower:.2%} to {upper:.2%}, limit {max_rate:.2%})"
     )
     if upper <= max_rate:
         return Verdict("pass", told, numbers)
     if lower > max_rate:
         return Verdict("fail", told, numbers)
-    return _unsettled(told, numbers, _flip_items(comparison.nfr, max_rate, confidence), n)
+    return _unsettled(told, numbers, flip_items_needed(comparison.sample, max_rate, confidence), n)
 
 
-def _flip_items(rate: float, max_rate: float, confidence: float) -> int | None:
-    """Smallest n (to 1 %) at which the observed rate would be settled; ``None`` if not below 10 million."""
-
-    def settled(n: int) -> bool:
-        lower, upper = clopper_pearson(round(rate * n), n, 2 * confidence - 1)
-        return upper <= max_rate or lower > max_rate
-
-    high = 1
-    while not settled(high):
-        high *= 2
-        if high > MOST_ITEMS:
-            return None
-    low = high // 2
-    while high - low > max(1, high // 100):
-        middle = (low + high) // 2
-        low, high = (low, middle) if settled(middle) else (middle, high)
-    return high
+def _unproven(comparison: Comparison, numbers: dict[str, float], question: Question) -> Verdict:
+    few = len(comparison.sample.blocks) < LEAST_BLOCKS
+    needed = items_needed(comparison.sample, question) if few else None
+    return _unsettled(comparison.unproven, numbers, needed, comparison.n)
 
 
 def _unsettled(text: str, numbers: dict[str, float], needed: int | None, n: int) -> Verdict:
     if needed is None:
         return Verdict("inconclusive", f"{text}; no number of items would settle this difference", numbers)
-    needed = max(needed, n + 1)
     return Verdict(
         "inconclusive", f"{text}; about {needed} items would settle it (there are {n})", numbers, needed
     )
@@ -138,15 +129,33 @@ def _numbers(comparison: Comparison, lower: float, upper: float, confidence: flo
 
 
 def _told(comparison: Comparison, lower: float, upper: float, confidence: float) -> str:
+    sources = "" if comparison.clusters is None else f" from {comparison.clusters} sources"
+    bounds = f"{confidence:.4g} one-sided bounds {_signed(lower, comparison)} to {_signed(upper, comparison)}"
     return (
-        f"{comparison.old_score:.2%} -> {comparison.new_score:.2%} on {comparison.n} items, difference "
-        f"{_points(comparison.difference, '+')} points, {confidence:.4g} one-sided bounds "
-        f"{_points(lower, '+')} to {_points(upper, '+')}"
+        f"{_score(comparison.old_score, comparison)} -> {_score(comparison.new_score, comparison)} on "
+        f"{comparison.n} items{sources}, difference {_signed(comparison.difference, comparison)} "
+        f"{UNITS[comparison.unit]}, {bounds}"
     )
 
 
-def _points(share: float, sign: str = "") -> str:
-    return f"{100 * share:{sign}.2f}"
+def _score(value: float, comparison: Comparison) -> str:
+    return f"{value:.2%}" if comparison.unit is None else f"{value:.4f}"
+
+
+def _signed(value: float, comparison: Comparison) -> str:
+    return f"{100 * value:+.2f}" if comparison.unit is None else f"{value:+.4f}"
+
+
+def _amount(value: float, comparison: Comparison) -> str:
+    number = f"{100 * value:.2f}" if comparison.unit is None else f"{value:g}"
+    return f"{number} {UNITS[comparison.unit]}"
+
+
+def _check_amount(name: str, value: float, comparison: Comparison) -> None:
+    if comparison.unit is None:
+        _check_share(name, value)
+    elif not math.isfinite(value) or value < 0:
+        raise BadInput(f"{name} is a number of {UNITS[comparison.unit]}, 0 or more, not {value}")
 
 
 def _check_share(name: str, value: float) -> None:

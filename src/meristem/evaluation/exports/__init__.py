@@ -1,0 +1,1 @@
+"""Evaluations and comparisons in the formats that other tools read."""
