@@ -24,7 +24,8 @@ def load(tmp_path):
 
 def test_the_template_loads_and_every_gate_of_it_can_be_built(load):
     settings = load(config.TEMPLATE).for_model("support")
-    assert [gate.gate for gate in settings.gates] == ["improvement", "non_inferiority", "negative_flips"]
+    names = [gate.gate for gate in settings.gates]
+    assert names == ["improvement", "non_inferiority", "negative_flips", "contamination"]
     for gate in settings.gates:
         gates.build(gate.gate, gate.arguments)
     assert (settings.approvals, settings.attempts, settings.recipe) == (0, 2, {})

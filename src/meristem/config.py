@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from meristem.errors import BadInput
 
@@ -28,6 +28,7 @@ defaults:
     - {gate: improvement, suites: new, min_gain: 0.0, confidence: 0.95}
     - {gate: non_inferiority, suites: learned, margin: 0.05, confidence: 0.95}
     - {gate: negative_flips, suites: learned, max_rate: 0.10, confidence: 0.95}
+    - {gate: contamination, suites: all, max_items: 0}    # test items that share 13 words in a row with training data
   approvals: 0          # signatures needed before a passed decision may be promoted
   attempts: 2           # turns of the loop spent on one signal
   methods: []           # continual-learning methods of a first attempt
@@ -108,7 +109,7 @@ class Recipe(_Strict):
     defaults (``training.recipes``).
     """
 
-    stage: Literal["cit"] = "cit"
+    stage: Literal["cit", "cpt", "ca"] = "cit"
     lora: Lora | None = None
     methods: list[MethodConfig] = []
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
@@ -121,13 +122,22 @@ class Recipe(_Strict):
     batch_size: Annotated[int, Field(ge=1)] = 8
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     max_length: Annotated[int, Field(ge=8)] = 512
+    packing: bool = False  # stage cpt: texts joined into full blocks
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: Device = "cpu"
     checkpoint_steps: Annotated[int, Field(ge=1)] = 20
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _packs_text(self) -> Recipe:
+        if self.packing and self.stage != "cpt":
+            raise ValueError("only stage cpt packs; leave it out")
+        return self
+
     def document(self) -> dict[str, Any]:
-        return {"schema": RECIPE_SCHEMA, **self.model_dump(mode="json")}
+        """``packing``, a later key, stands there only when it is on: older recipes keep their digest."""
+        fields = self.model_dump(mode="json")
+        return {"schema": RECIPE_SCHEMA, **{k: v for k, v in fields.items() if k != "packing" or v}}
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> Recipe:

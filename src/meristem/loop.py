@@ -14,7 +14,7 @@ from meristem.ecosystem.records import Decision, Plan
 from meristem.ecosystem.versions import VersionEntry
 from meristem.errors import BadInput, StateMoved, TrainingFailed
 from meristem.monitoring import signals
-from meristem.release import rollout
+from meristem.release import gates, rollout
 
 if TYPE_CHECKING:
     from meristem.workspace import Workspace
@@ -68,8 +68,8 @@ def _stop(ws: Workspace, plan: Entry, version: VersionEntry, decision: Entry) ->
     record = decision.as_(Decision)
     reason = "; ".join(f"{g.gate} on {g.suite}: {g.reason}" for g in record.gates if g.outcome != "pass")
     with ws.store.transaction(ws.actor, reason) as tx:
-        failed = record.outcome == "fail"  # inconclusive wants more test items, not more training
-        attempts = ws.settings(record.model).attempts if failed else 0
+        # Inconclusive wants more test items, and a test item among the training data wants cleaner data.
+        attempts = ws.settings(record.model).attempts if any(map(gates.regressed, record.gates)) else 0
         signal = signals.regression(tx, plan.as_(Plan), decision, attempts)
         ledger.set_status(tx, plan, "stopped", expected="open")
     return Turn("stopped", reason, plan, version, decision, signal)

@@ -52,7 +52,11 @@ def test_groups_of_suites(ws, tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "told"),
     [
-        ("magic", {}, "unknown gate 'magic'; gates here: improvement, negative_flips, non_inferiority"),
+        (
+            "magic",
+            {},
+            "unknown gate 'magic'; gates here: contamination, improvement, negative_flips, non_inferiority",
+        ),
         ("non_inferiority", {}, "margin: field required"),
         ("negative_flips", {"max_rate": 1.5}, "max_rate"),
         ("improvement", {"confidence": 0.4}, "confidence"),

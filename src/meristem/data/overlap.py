@@ -1,4 +1,4 @@
-"""Leak check: test items whose input stands in the training data."""
+"""Leak check: test items whose whole input stands in the training data. ``matching`` finds parts of it as well."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ def leaks(
 
 
 def _keys(item: Mapping[str, Any]) -> list[bytes]:
-    texts = [_input_text(item)] + ([fold(item["source"])] if item.get("source") else [])
+    texts = [input_text(item)] + ([fold(item["source"])] if item.get("source") else [])
     return [_hash(text) for text in texts if text]
 
 
-def _input_text(item: Mapping[str, Any]) -> str:
+def input_text(item: Mapping[str, Any]) -> str:
+    """What a test item asks, folded, without system messages; "" where it holds no text."""
     messages = item.get("messages")
     if messages and messages[-1]["role"] != "assistant":  # a test item's messages have no answer to cut
         return normalized_text({"prompt": list(messages)})

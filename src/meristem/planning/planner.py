@@ -21,7 +21,7 @@ from meristem.training.recipes import settled
 
 # What each kind of signal is answered with; signals that bring no data wait for some.
 _RETRY = {"regression", "incident"}
-_SHAPES = {"cit": ("messages", "prompt-completion")}
+_SHAPES = {"cit": ("messages", "prompt-completion"), "cpt": ("text",), "ca": ("preference",)}
 _NOT_BUILT = {
     "base-upgrade": "rebasing onto a new foundation (capability transfer) is not built yet: "
     "keep the pinned base, or add a model on the new one and train it from the recorded data",
@@ -174,9 +174,9 @@ def _criteria(
     new = criteria.tasks_of(connection, data)
     newest = criteria.newest_suites(connection)
     fixed = criteria.spelled_out(settings, newest, new, set(parent.record.tasks))
-    if not fixed:
+    if not any(map(criteria.compares, fixed)):
         raise BadInput(
-            f"no gate of model {parent.model} applies to any suite, so the update could never be released: add a "
+            f"no gate of model {parent.model} that compares versions applies to any suite, so the update could never be released: add a "
             f"suite with a task named {' or '.join(sorted(new))} (`meristem suite add`)"
         )
     named = {criterion.suite for criterion in fixed}

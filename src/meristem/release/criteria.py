@@ -37,7 +37,7 @@ def spelled_out(
     groups = {"new": taught, "learned": learned, "all": set(newest)}
     criteria = []
     for gate in settings.gates:
-        gates.build(gate.gate, gate.arguments)
+        built = gates.build(gate.gate, gate.arguments)
         if isinstance(gate.suites, str) and (lacking := untested.get(gate.suites)):
             raise BadInput(
                 f"gate {gate.gate} asks about every {gate.suites} task, and no suite tests {_listed(lacking)}: "
@@ -47,6 +47,7 @@ def spelled_out(
         for name in sorted(names):
             if name not in newest:
                 raise BadInput(f"meristem.yaml: gate {gate.gate} names the unknown suite '{name}'")
+            built.check(newest[name])
             criteria.append(Criterion(gate=gate.gate, suite=name, arguments=gate.arguments))
     return criteria
 
@@ -75,6 +76,11 @@ def for_version(
     suites = newest_suites(connection)
     fixed = spelled_out(settings, suites, tasks_of(connection, version.record.data), old)
     return fixed, {entry.name: entry for entry in suites}
+
+
+def compares(criterion: Criterion) -> bool:
+    """Whether its gate compares two versions, and so is evidence of how good they are."""
+    return gates.build(criterion.gate, criterion.arguments).compares
 
 
 def policy_of(connection: Connection, plan: Plan, present: ModelSettings) -> ModelSettings:

@@ -16,6 +16,7 @@ from meristem.errors import BadInput, StateMoved
 from meristem.evaluation.service import Evaluator
 from meristem.release import criteria as criteria_room
 from meristem.release import gates
+from meristem.release.cases import GateCase, Measured
 from meristem.store.store import Store
 
 
@@ -115,26 +116,28 @@ def _case(store: Store, settings: ModelSettings, version: VersionEntry, plan: En
             criteria, suites = criteria_room.for_plan(connection, settings, plan.as_(Plan), entry)
         else:
             criteria, suites = criteria_room.for_version(connection, settings, version, entry)
-        if not criteria:
+        if not any(map(criteria_room.compares, criteria)):
             raise BadInput(
-                f"no gate of model {version.model} applies to any suite, and absent evidence never passes: "
+                f"no gate of model {version.model} compares it with the champion on any suite, and absent evidence never passes: "
                 "add suites for its tasks (`meristem suite add`) or name suites in meristem.yaml"
             )
     return _Case(version, entry, champion.revision, criteria, suites, settings)
 
 
 def _judge_all(evaluator: Evaluator, case: _Case) -> tuple[list[GateResult], list[str]]:
-    results, used = [], []
+    """Every criterion's result, and the evaluations that they rest on."""
     names = list(dict.fromkeys(criterion.suite for criterion in case.criteria))
-    evaluated = {}
+    compared = {criterion.suite for criterion in case.criteria if criteria_room.compares(criterion)}
+    others = {criterion.suite for criterion in case.criteria if not criteria_room.compares(criterion)}
+    evidence = Measured(evaluator, [case.suites[name] for name in names if name in others])
     # One model in memory at a time: all suites of the champion first, then all of the candidate.
     for version in (case.champion, case.version):
         for name in names:
-            evaluated[version.digest, name] = evaluator.evaluate(version, case.suites[name])
+            if name in compared:
+                evidence.evaluate(version, case.suites[name])
+    results = []
     for name in names:
-        old, new = evaluated[case.champion.digest, name], evaluated[case.version.digest, name]
-        comparison = evaluator.compare(old, new)
-        used += [old.digest, new.digest]
+        asked = GateCase(case.version, case.champion, case.suites[name], evidence)
         for criterion in (c for c in case.criteria if c.suite == name):
-            results.append(gates.judge(criterion.gate, criterion.arguments, name, comparison))
-    return results, list(dict.fromkeys(used))
+            results.append(gates.judge(criterion.gate, criterion.arguments, asked))
+    return results, evidence.used
