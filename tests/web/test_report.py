@@ -12,7 +12,8 @@ from tests.web.synthetic import EVIL, add_task, full_story, new_workspace, score
 
 from meristem.errors import BadInput
 from meristem.web.charts import nice_ticks
-from meristem.web.report import SCRIPT, render, write_report
+from meristem.web.pages import SCRIPT
+from meristem.web.report import render, write_report
 from meristem.workspace import Workspace
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -92,7 +93,7 @@ def test_same_workspace_gives_the_same_bytes(story: Workspace, page: str, tmp_pa
 
 def test_head_tells_verdict_champion_and_evidence(story: Workspace, page: str) -> None:
     head = text_of(page.split("</header>")[0])
-    assert "Passed support@v4 passed all 3 gates against support@v2." in head
+    assert "Passed support@v4 passed all 5 gates against support@v2." in head
     assert "It became the champion (release-2); it was rolled back to support@v2 (release-3)." in head
     assert "Champion support@v2 the version in use: industrial model on base" in head
     assert "✓ Intact" in head

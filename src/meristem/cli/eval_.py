@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from meristem.cli.options import JSON, opened, show, table
 
+if TYPE_CHECKING:
+    from meristem.evaluation.comparison import Comparison
+    from meristem.evaluation.exports.finding import Finding
+    from meristem.evaluation.service import EvaluationEntry
+
 app = typer.Typer(name="eval", help="Evaluations and paired comparisons.", no_args_is_help=True)
+
+REF = Annotated[str, typer.Argument(metavar="REF")]
+SUITE = Annotated[str, typer.Option()]
 
 
 @app.command("run")
-def run(
-    reference: Annotated[str, typer.Argument(metavar="REF")],
-    suite: Annotated[str, typer.Option()],
-    as_json: JSON = False,
-) -> None:
+def run(reference: REF, suite: SUITE, as_json: JSON = False) -> None:
     """Score a version on a suite (from the store when it was measured before)."""
     with opened() as ws:
         entry = ws.evaluate(reference, suite)
-        summary = entry.record.summary
-        lines = [
-            f"{ws.version(reference).label} on {suite}: {summary['score']:.3f} over {summary['items']} items"
-        ]
-        lines += [
-            f"  {name}: {score:.3f}" for name, score in {**summary["tasks"], **summary["slices"]}.items()
-        ]
-        lines.append("  (stored before)" if entry.cached else f"  ({entry.seconds:.1f} s)")
+        lines = _scores(f"{ws.version(reference).label} on {suite}", entry)
         show(as_json, {"cached": entry.cached, **entry.record.document()}, "\n".join(lines))
 
 
@@ -35,36 +33,172 @@ def run(
 def compare(
     new: Annotated[str, typer.Argument(metavar="NEW")],
     old: Annotated[str, typer.Argument(metavar="OLD")],
-    suite: Annotated[str, typer.Option()],
+    suite: SUITE,
+    margin: Annotated[
+        float | None, typer.Option(min=0, help="The loss that must be ruled out, e.g. 0.02 for two points.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="Also write FILE.html, .md, .xml (JUnit) or .json.")] = None,
+    contamination: Annotated[
+        bool, typer.Option("--contamination", help="Look for test items in training data, for the page.")
+    ] = False,
     as_json: JSON = False,
 ) -> None:
-    """Compare two versions item by item: difference, interval, exact McNemar, negative flips. Exit 1: worse."""
+    """Compare two versions item by item. Exit 0: no regression, 1: regression, 3: cannot tell.
+
+    A regression: the interval of the difference lies below zero, or a task or slice fell (Holm-corrected). With
+    --margin also: not worse by that much is proven (0), refuted (1) or open (3).
+    """
+    from meristem.evaluation.exports.finding import finding
+    from meristem.evaluation.exports.formats import COMPARISON, format_of
+
+    chosen = format_of(None, to, COMPARISON)
     with opened() as ws:
         found = ws.compare(new, old, suite=suite)
-        low, high = found.interval
-        lines = [
-            f"{ws.version(new).label} against {ws.version(old).label} on {suite}: {found.n} items",
-            f"  score {found.old_score:.3f} -> {found.new_score:.3f} "
-            f"({found.difference:+.3f}, {found.confidence:.0%} interval {low:+.3f} to {high:+.3f})",
-            f"  {len(found.flipped)} right -> wrong (rate {found.nfr:.3f}), {len(found.gained)} wrong -> right; "
-            f"exact McNemar p = {found.mcnemar_p:.2g}",
-        ]
-        show(as_json, found.to_document(), "\n".join(lines))
-        if high < 0:
-            raise typer.Exit(1)
+        after, before = (ws.version(reference).label for reference in (new, old))
+        told = finding(found, after, before, margin)
+        if to is not None:
+            from meristem.web.exports import write_comparison
+
+            checked = ws.contamination(new, suite) if contamination else None
+            write_comparison(ws, new, old, suite, to, chosen, found, told, margin, checked)
+        document = {**found.to_document(), "outcome": told.outcome, "places": list(told.places)}
+        if told.verdict:
+            document["verdict"] = told.verdict.to_document()
+        if to is not None:
+            document["file"] = str(to)
+        lines = [f"{after} against {before} on {suite}: {found.n} items", *_compared(found, told)]
+        show(as_json, document, "\n".join([*lines, *([str(to)] if to else [])]))
+        raise typer.Exit(told.exit_code)
 
 
 @app.command("matrix")
-def matrix(reference: Annotated[str, typer.Argument(metavar="REF")], as_json: JSON = False) -> None:
-    """The task matrix of the line behind a version, with ACC, BWT, FWT and forgetting."""
+def matrix(reference: REF, as_json: JSON = False) -> None:
+    """The task matrix of the line behind a version, with ACC, BWT, FWT, forgetting, GAD, IFD and SD."""
     with opened() as ws:
         found = ws.task_matrix(reference)
         rows = [
-            (label, *(f"{score:.3f}" for score in scores))
+            (label, *("-" if score is None else f"{score:.3f}" for score in scores))
             for label, scores in zip(found.versions, found.matrix.scores, strict=True)
         ]
-        names = {"ACC": found.matrix.acc, "BWT": found.matrix.bwt, "FWT": found.matrix.fwt}
-        names["forgetting"] = found.matrix.forgetting
-        metrics = "  ".join(f"{k} {v:+.3f}" if v is not None else f"{k} -" for k, v in names.items())
-        text = table("tasks", ("version", *found.tasks), rows)
-        show(as_json, found.to_document(), f"{text}\n{metrics}")
+        m = found.matrix
+        metrics = {"ACC": m.acc, "BWT": m.bwt, "FWT": m.fwt, "forgetting": m.forgetting}
+        readings = {"FWT after training (SAPT)": m.fwt_trained, "FWT as some print it": m.fwt_printed}
+        metrics |= {name: value for name, value in readings.items() if value is not None}
+        deltas = {"GAD": found.gad, "IFD": found.ifd, "SD": found.sd}
+        text = f"{table('tasks', ('version', *found.tasks), rows)}\n{_numbers(metrics)}"
+        if any(value is not None for value in deltas.values()):
+            text += f"\n{_numbers(deltas)}"
+        show(as_json, found.to_document(), text)
+
+
+@app.command("export")
+def export(
+    reference: REF,
+    suite: SUITE,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="json, junit, markdown, html, hf (.eval_results) or model-card (model-index).",
+            show_default="by the file's ending, else json",
+        ),
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="The file.", show_default="stdout")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="hf, model-card: the Hub's id of the data set, ORG/NAME.")
+    ] = None,
+    as_json: JSON = False,
+) -> None:
+    """Every item's result of one evaluation, with what was measured by digest, for other tools."""
+    from meristem.evaluation.exports.formats import EVALUATION, format_of
+    from meristem.web.exports import evaluation_export
+    from meristem.web.pages import write_text
+
+    chosen = format_of(format, to, EVALUATION)
+    with opened() as ws:
+        text = evaluation_export(ws, reference, suite, chosen, dataset)
+        if to is not None:
+            write_text(text, to)
+            show(as_json, {"format": chosen, "file": str(to)}, str(to))
+        elif chosen == "json":
+            show(False, None, text.rstrip("\n"))
+        else:
+            show(as_json, {"format": chosen, "text": text}, text.rstrip("\n"))
+
+
+@app.command("contamination")
+def contamination(
+    reference: REF,
+    suite: SUITE,
+    ngram: Annotated[int, typer.Option(help="Words in a row that count as a match.")] = 13,
+    as_json: JSON = False,
+) -> None:
+    """Test items that stand in the training data of a version and its ancestors.
+
+    Exit 0: none, 1: some, 3: not everything could be read.
+    """
+    with opened() as ws:
+        report = ws.contamination(reference, suite, ngram=ngram)
+        lines = [
+            f"{report.version} on {report.suite}: {len(report.found)} of {report.items} items stand in "
+            f"{report.rows} rows of training data ({report.ngram} words in a row, or whole)"
+        ]
+        lines += [f"  {match.item}: {match.kind}, {match.share:.0%}" for match in report.found[:20]]
+        lines += [f"  not read: {data.label}, {data.why}" for data in report.unchecked]
+        lines += [f"  {version} came ready made; its data is not known" for version in report.unrecorded]
+        show(as_json, report.to_document(), "\n".join(lines))
+        raise typer.Exit(1 if report.found else 0 if report.complete else 3)
+
+
+def _scores(title: str, entry: EvaluationEntry) -> list[str]:
+    from meristem.evaluation.exports.scales import scale
+
+    summary: dict[str, Any] = entry.record.summary
+    shown = scale(summary.get("unit"))
+    lines = [f"{title}: {shown.plain(summary['score'])} over {summary['items']} items"]
+    lines += [f"  {n}: {shown.plain(v)}" for n, v in {**summary["tasks"], **summary["slices"]}.items()]
+    whole = summary.get("bits_per_byte", {})
+    lines += [f"  {name} as one text: {value:.4f} bits per byte" for name, value in whole.items()]
+    if cut := summary.get("truncated"):
+        told = (
+            "prompt did not fit the model's window and was"
+            if cut == 1
+            else "prompts did not fit the model's window and were"
+        )
+        lines.append(f"  {cut} {told} cut")
+    took = f"{entry.seconds:.1f} s, {1000 * entry.seconds / summary['items']:.3g} ms per item"
+    return [*lines, f"  ({took}{'; stored before' if entry.cached else ''})"]
+
+
+def _compared(found: Comparison, told: Finding) -> list[str]:
+    from meristem.evaluation.exports.scales import scale
+
+    shown = scale(found.unit)
+    low, high = (shown.sign * end for end in found.interval)
+    interval = (
+        found.unproven or f"{found.confidence:.0%} interval {min(low, high):+.3f} to {max(low, high):+.3f}"
+    )
+    lines = [
+        f"  score {shown.plain(found.old_score)} -> {shown.plain(found.new_score)} "
+        f"({shown.sign * found.difference:+.3f}, {interval})"
+    ]
+    if found.unit is None:
+        lines.append(
+            f"  {len(found.flipped)} right -> wrong (rate {found.nfr:.3f}), {len(found.gained)} wrong -> right; "
+            f"p = {found.p_value:.2g} ({found.test})"
+        )
+    if found.clusters:
+        lines.append(f"  {found.clusters} sources; design effect {found.design_effect:.2f}")
+    for kind, groups in (("task", found.tasks), ("slice", found.slices)):
+        lines += [
+            f"  {kind} {group.name} got worse: {shown.plain(group.old_score)} -> {shown.plain(group.new_score)}, "
+            f"p = {group.p_adjusted:.2g} after Holm"
+            for group in groups
+            if group.regressed and (kind == "slice" or len(groups) > 1)
+        ]
+    return [*lines, f"  {told.sentence} {told.settle}".rstrip()]
+
+
+def _numbers(found: dict[str, float | None]) -> str:
+    return "  ".join(
+        f"{name} {value:+.3f}" if value is not None else f"{name} -" for name, value in found.items()
+    )

@@ -113,6 +113,11 @@ def names(text: str | None) -> list[str]:
     return [name for part in (text or "").split(",") if (name := part.strip())]
 
 
+def given_actor() -> str | None:
+    """Who ``--actor`` names."""
+    return _given.actor
+
+
 def wants_json(as_json: bool) -> bool:
     return as_json or _given.json
 

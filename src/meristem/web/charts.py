@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from markupsafe import Markup, escape
 
@@ -11,6 +11,7 @@ from meristem.web import wording
 from meristem.web.report_decisions import SuiteComparison
 
 Points = Sequence[tuple[float, float]]
+Interval = tuple[float, float] | None
 
 
 def tag(name: str, /, *children: str, **attributes: object) -> Markup:
@@ -97,6 +98,101 @@ def interval_bar(suite: SuiteComparison) -> Markup:
         f"bounds {wording.points(low)} to {wording.points(high)}"
     )
     return svg(width, height, told, *zones, axis, *ends, *zero, *marks, bar, dot, class_="interval")
+
+
+# A comparison on a scale that it shares with others
+
+_SPAN = (400.0, 104.0)
+_MINI = (150.0, 26.0)
+
+
+def round_reach(values: Iterable[float]) -> float:
+    """The half-width of an axis around zero that holds ``values``: 1, 2, 3 or 5 times a power of ten."""
+    wanted = 1.05 * max((abs(value) for value in values), default=0.0)
+    if wanted <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(wanted))
+    return next(factor * power for factor in (1, 1.5, 2, 3, 5, 7.5, 10) if factor * power >= wanted * 0.999)
+
+
+def span(
+    difference: float, interval: Interval, told: Callable[[float], str], margin: float | None = None
+) -> Markup:
+    """The interval of one difference, wide, with its ends in numbers; worse lies left of zero, better right."""
+    values = [difference, *(interval or ()), *((-margin,) if margin else ())]
+    half, (width, height), middle = round_reach(values), _SPAN, 50.0
+
+    def x(value: float) -> float:
+        return _PAD + (value + half) / (2 * half) * (width - 2 * _PAD)
+
+    def anchor(place: float) -> str:
+        return "start" if place < 50 else "end" if place > width - 50 else "middle"
+
+    marks = [
+        tag("rect", x=_PAD, y=24.0, width=x(0) - _PAD, height=52.0, class_="zone"),
+        tag("rect", x=x(0), y=24.0, width=width - _PAD - x(0), height=52.0, class_="good-zone"),
+        text(_PAD + 4, 37, "worse", "tick"),
+        text(width - _PAD - 4, 37, "better", "tick", "end"),
+        line(_PAD, 76, width - _PAD, 76, "axis"),
+        *(line(x(at), 76, x(at), 81, "axis") for at in (-half, -half / 2, half / 2, half)),
+        *(text(x(at), 95, told(at), "tick", anchor(x(at))) for at in (-half, -half / 2, 0.0, half / 2, half)),
+        line(x(0), 20, x(0), 81, "zero"),
+    ]
+    if margin:
+        marks += [line(x(-margin), 20, x(-margin), 76, "limit")]
+        marks += [text(x(-margin), 15, f"margin {told(-margin)}", "tick", anchor(x(-margin)))]
+    said = f"difference {told(difference)}"
+    if interval:
+        low, high = interval
+        said += f", interval {told(low)} to {told(high)}"
+        wide = max(2.0, x(high) - x(low))
+        marks.append(tag("rect", x=x(low), y=middle - 8, width=wide, height=16.0, rx=2.5, class_="bar"))
+    marks.append(tag("circle", cx=x(difference), cy=middle, r=5.0, class_="dot"))
+    marks.append(text(x(difference), middle + 22, told(difference), "value", anchor(x(difference))))
+    return svg(width, height, said, *marks, class_="span")
+
+
+def mini_span(difference: float, interval: Interval, half: float, told: Callable[[float], str]) -> Markup:
+    """One row of a table: the interval on an axis of -half to half that all rows share."""
+    (width, height), middle = _MINI, 13.0
+
+    def x(value: float) -> float:
+        return 4 + (max(-half, min(half, value)) + half) / (2 * half) * (width - 8)
+
+    marks = [line(4, middle, width - 4, middle, "axis"), line(x(0), 3, x(0), height - 3, "zero")]
+    said = f"difference {told(difference)}"
+    if interval:
+        low, high = interval
+        said += f", interval {told(low)} to {told(high)}"
+        wide = max(2.0, x(high) - x(low))
+        marks.append(tag("rect", x=x(low), y=middle - 5, width=wide, height=10.0, rx=2.0, class_="bar"))
+    marks.append(tag("circle", cx=x(difference), cy=middle, r=3.5, class_="dot"))
+    return svg(width, height, said, *marks, class_="mini")
+
+
+# Calibration
+
+_SQUARE = 190.0
+
+
+def reliability(bins: Sequence[tuple[float, float, int]], name: str) -> Markup:
+    """Stated confidence against share right, a dot per bin (its area grows with the items in it)."""
+    left, top, size = 34.0, 8.0, 140.0
+    most = max((n for *_, n in bins), default=1)
+
+    def place(confidence: float, accuracy: float) -> tuple[float, float]:
+        return left + confidence * size, top + (1 - accuracy) * size
+
+    marks = [tag("rect", x=left, y=top, width=size, height=size, class_="frame")]
+    marks.append(line(*place(0, 0), *place(1, 1), "diagonal"))
+    for at in (0.0, 0.5, 1.0):
+        marks.append(text(left - 5, place(0, at)[1] + 4, f"{100 * at:.0f}", "tick", "end"))
+        marks.append(text(place(at, 0)[0], top + size + 15, f"{100 * at:.0f}", "tick", "middle"))
+    marks.append(text(left + size / 2, top + size + 30, "stated confidence, %", "tick", "middle"))
+    for confidence, accuracy, n in bins:
+        cx, cy = place(confidence, accuracy)
+        marks.append(tag("circle", cx=cx, cy=cy, r=2.5 + 5 * math.sqrt(n / most), class_="spot"))
+    return svg(_SQUARE, _SQUARE, f"Calibration of {name}", *marks, class_="reliability")
 
 
 # Curves

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
-from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from meristem._version import __version__
-from meristem.store.packs import disk_failure
-from meristem.web import charts, wording
 from meristem.web.lineage import lineage
-from meristem.web.report_data import Snapshot, short, snapshot, standing
+from meristem.web.pages import render_page, write_text
+from meristem.web.report_data import Snapshot, snapshot, standing
 from meristem.web.report_decisions import decisions, latest_sentence
 from meristem.web.report_runs import MOST_EVENTS, Return, Run, costs, runs, trail, way_back
 from meristem.web.report_scores import scores
@@ -24,11 +18,6 @@ OPEN_EVENTS = 30
 OPEN_FLIPS = 3
 OPEN_DECISIONS = 5
 
-# Printing shows what is folded away; without JavaScript the page only stays as folded as it is.
-SCRIPT = (
-    "addEventListener('beforeprint',()=>{for(const d of document.querySelectorAll('details'))d.open=true})"
-)
-
 
 def write_report(ws: Workspace, model: str, path: Path) -> Path:
     """Write the report on ``model`` to ``path`` and return it. The same workspace gives the same bytes.
@@ -36,34 +25,12 @@ def write_report(ws: Workspace, model: str, path: Path) -> Path:
     Nothing is evaluated or recorded: only what the store holds is shown. Raises ``BadInput`` for an unknown
     model and ``EnvironmentFailure`` when the file cannot be written.
     """
-    page = render(ws, model)
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise disk_failure(error, path) from error
-    return path
+    return write_text(render(ws, model), Path(path))
 
 
 def render(ws: Workspace, model: str) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=PackageLoader("meristem.web", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.globals.update(
-        charts=charts,
-        wording=wording,
-        short=short,
-        open_events=OPEN_EVENTS,
-        open_flips=OPEN_FLIPS,
-        open_decisions=OPEN_DECISIONS,
-    )
-    return environment.get_template("report.html.j2").render(_context(snapshot(ws, model)))
+    return render_page("report.html.j2", **_context(snapshot(ws, model)))
 
 
 def _context(data: Snapshot) -> dict[str, Any]:
@@ -71,9 +38,9 @@ def _context(data: Snapshot) -> dict[str, Any]:
     back = way_back(data)
     return {
         "data": data,
-        "tool": __version__,
-        "script": SCRIPT,
-        "script_digest": b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
+        "open_events": OPEN_EVENTS,
+        "open_flips": OPEN_FLIPS,
+        "open_decisions": OPEN_DECISIONS,
         "sentence": latest_sentence(data),
         "latest": data.decisions[-1] if data.decisions else None,
         "undone": _undone(data),

@@ -8,6 +8,7 @@ from meristem.ecosystem.assets import AssetEntry
 from meristem.ecosystem.records import GateResult, Plan, Release, Signal
 from meristem.errors import BadInput, Tampered
 from meristem.evaluation.comparison import Comparison
+from meristem.evaluation.exports.scales import Scale, scale
 from meristem.evaluation.results import ItemResult
 from meristem.evaluation.service import EvaluationEntry, load_suite_asset
 from meristem.web import wording
@@ -49,6 +50,10 @@ class SuiteComparison:
     flips: list[Flip]
     problem: str = ""
 
+    @property
+    def scale(self) -> Scale:
+        return scale(self.comparison.unit if self.comparison else None)
+
 
 @dataclass(frozen=True)
 class DecisionView:
@@ -66,6 +71,9 @@ class DecisionView:
     approvals_needed: int
     gates: list[GateResult]
     suites: list[SuiteComparison]
+
+    def scale_of(self, suite: str) -> Scale:
+        return next((found.scale for found in self.suites if found.suite == suite), scale(None))
 
 
 def decisions(data: Snapshot) -> list[DecisionView]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from meristem.ecosystem.assets import AssetEntry
 from meristem.ecosystem.versions import VersionEntry
 from meristem.errors import BadInput
+from meristem.evaluation.exports.scales import scale
 from meristem.evaluation.matrix import line_matrix
 from meristem.evaluation.service import EvaluationEntry
 from meristem.web import wording
@@ -24,22 +25,25 @@ class Column:
     @property
     def detail(self) -> str:
         kinds = " and ".join(self.suite.record.facts["kinds"])
-        return f"{kinds} · {wording.plural(self.suite.record.facts['items'], 'item')}"
+        unit = self.suite.record.facts.get("unit")
+        counted = wording.plural(self.suite.record.facts["items"], "item")
+        return f"{kinds} · {counted}" + (f" · {scale(unit).words}" if unit else "")
 
 
 @dataclass(frozen=True)
 class Cell:
     score: float | None
     other_settings: bool = False  # measured, but not with the settings of the newest evaluation of the suite
+    unit: str | None = None
 
     @property
     def shown(self) -> str:
-        return "" if self.score is None else f"{100 * self.score:.1f}"
+        return "" if self.score is None else scale(self.unit).score(self.score).removesuffix(" %")
 
     @property
     def style(self) -> str:
         """A single-hue scale from pale to deep blue; the text colour keeps a contrast of 4.5 to 1."""
-        if self.score is None:
+        if self.score is None or self.unit is not None:
             return ""
         share = min(1.0, max(0.0, self.score))
         pale, deep = (240, 245, 250), (18, 74, 124)
@@ -133,7 +137,10 @@ def _columns(data: Snapshot, stored: Stored) -> list[Column]:
 
 def _cell(stored: Stored, version: VersionEntry, column: Column) -> Cell:
     found, other = stored.newest(version, column.suite)
-    return Cell(found.record.summary["tasks"][column.task], other) if found else Cell(None)
+    if found is None:
+        return Cell(None)
+    summary = found.record.summary
+    return Cell(summary["tasks"][column.task], other, summary.get("unit"))
 
 
 def _metrics(data: Snapshot, stored: Stored) -> tuple[list[Metric], str]:
@@ -152,7 +159,7 @@ def _metrics(data: Snapshot, stored: Stored) -> tuple[list[Metric], str]:
 
     line = _line(data, champion)
     try:
-        found = line_matrix(score, line, data.suites)
+        found = line_matrix(score, line, data.suites, deltas=False)
     except BadInput:
         return [], f"{champion.label} and its ancestors learned no task that a suite tests."
     lacks = f"needs {wording.joined(list(absent))}, not measured" if absent else ""

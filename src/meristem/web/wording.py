@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from meristem.evaluation.exports.scales import Scale
 
 OUTCOMES = {"pass": ("✓", "Passed"), "fail": ("✕", "Failed"), "inconclusive": ("?", "Inconclusive")}
 
@@ -16,6 +19,10 @@ GATES = {
         "The new version must score better than the champion by more than chance explains.",
     ),
     "negative_flips": ("Few new mistakes", "Few of the items that the champion got right may be wrong now."),
+    "contamination": (
+        "Unseen test items",
+        "Test items must not stand in what the new version was trained on.",
+    ),
 }
 
 METRICS = {
@@ -23,6 +30,12 @@ METRICS = {
     "bwt": ("BWT", "change on earlier tasks since each was learned; below zero means forgetting"),
     "fwt": ("FWT", "head start on each task before it was taught, against the untrained model"),
     "forgetting": ("Forgetting", "average drop from each task's best score; zero means nothing was lost"),
+}
+
+TESTS = {
+    "mcnemar": "exact McNemar test",
+    "permutation": "paired permutation test",
+    "cluster permutation": "permutation test over sources",
 }
 
 _NUMBERS = {
@@ -37,7 +50,21 @@ _NUMBERS = {
     "margin": "margin",
     "min_gain": "gain needed",
     "max_rate": "limit",
+    "contaminated": "items seen in training",
+    "with_answer": "with their answer",
+    "max_items": "items allowed",
+    "max_share": "share allowed",
     "confidence": "confidence",
+    "exact": "found whole",
+    "searched": "items searched",
+    "rows": "training rows read",
+    "unchecked_data": "data sets not read",
+    "ngram": "words in a row",
+    "first": "the first",
+}
+_COUNTS = {
+    *("n", "flipped", "contaminated", "exact", "with_answer", "searched", "rows", "unchecked_data"),
+    *("ngram", "max_items"),
 }
 _SIGNED = {"difference", "lower", "upper"}
 _MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
@@ -60,12 +87,27 @@ def p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
+def p_equals(value: float) -> str:
+    shown = p_value(value)
+    return f"p {shown}" if shown.startswith("<") else f"p = {shown}"
+
+
 def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def small_duration(seconds: float) -> str:
+    """``1.2 s``, ``35 ms``, ``0.4 ms``."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{figure(1000 * seconds)} ms"
+
+
+def figure(value: float) -> str:
+    """Three digits, thousands grouped."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def moment(time: str) -> str:
@@ -89,18 +131,27 @@ def gate_meaning(gate: str) -> str:
     return GATES[gate][1] if gate in GATES else "a criterion of this team's own"
 
 
-def gate_numbers(numbers: dict[str, Any]) -> list[tuple[str, str]]:
-    """A gate's numbers as ``(name, value)``; names that this file does not know are shown as they are."""
+def gate_numbers(numbers: dict[str, Any], shown: Scale | None = None) -> list[tuple[str, str]]:
+    """A gate's numbers as ``(name, value)``; names that this file does not know are shown as they are.
+
+    ``shown``: the scale of the scores; shares unless given.
+    """
     order = [key for key in _NUMBERS if key in numbers] + sorted(set(numbers) - set(_NUMBERS))
     signed = _SIGNED if "nfr" not in numbers else set()
-    return [(_NUMBERS.get(key, key), _number(key, numbers[key], key in signed)) for key in order]
+    return [(_NUMBERS.get(key, key), _number(key, numbers[key], key in signed, shown)) for key in order]
 
 
-def _number(key: str, value: Any, signed: bool) -> str:
+def _number(key: str, value: Any, signed: bool, shown: Scale | None) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    if key not in _NUMBERS or key in ("n", "flipped"):
+    if key not in _NUMBERS or key in _COUNTS:
         return f"{value:,.6g}"
+    if shown is not None and not shown.is_share and key != "confidence":
+        if key in ("margin", "min_gain"):
+            return f"{value:g} {shown.short}"
+        return shown.difference(value) if signed else shown.score(value)
     return points(value) if signed else percent(value).replace(".0 %", " %")
 
 
