@@ -29,6 +29,7 @@ NOUNS = (
     "plan",
     "update",
     "eval",
+    "bench",
     "release",
     "loop",
     "log",

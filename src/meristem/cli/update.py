@@ -25,13 +25,19 @@ def run(
     recipe: Annotated[
         Path | None, typer.Option(help="A YAML file that overrides the default recipe.")
     ] = None,
-    stage: Annotated[str, typer.Option(help="cit (continual instruction tuning)")] = "cit",
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            help="cit (instructions), cpt (plain text) or ca (preferences).",
+            show_default="the recipe's, else cit",
+        ),
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Train the champion on new data; the same command finishes an interrupted run."""
     from meristem.config import load_recipe
 
-    overrides = {**(load_recipe(recipe) if recipe else {}), "stage": stage}
+    overrides = {**(load_recipe(recipe) if recipe else {}), **({"stage": stage} if stage else {})}
     with opened() as ws:
         result = ws.update(model, data=names(data), methods=method, recipe=overrides)
         _show(result, as_json)

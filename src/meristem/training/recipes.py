@@ -62,7 +62,7 @@ def _imported(config: dict[str, Any], layers: int) -> Lora:
             layers=count / layers,
         )
     except (KeyError, ValueError) as error:
-        raise BadInput(f"{ADAPTER_CONFIG}: not a LoRA that stage cit can continue ({error})") from error
+        raise BadInput(f"{ADAPTER_CONFIG}: not a LoRA that can be continued ({error})") from error
 
 
 def _layer_count(store: Store, content: Content) -> int:

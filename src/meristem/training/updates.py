@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -170,9 +171,10 @@ def train(
     ``stopping`` is told on Ctrl-C, when the step under way is finished before ``Interrupted`` is raised.
     """
     with Interruption() as early:  # some libraries swallow a KeyboardInterrupt while they are imported
-        from meristem.training import cit
         from meristem.training.continual import newest_complete_checkpoint
         from meristem.training.reporting import ProgressCallback, method_progress
+
+        stage = import_module(f"meristem.training.{_stage(store, update)}")
     if early.requested:
         raise KeyboardInterrupt
 
@@ -186,7 +188,7 @@ def train(
         quiet_libraries(),
     ):
         callback = ProgressCallback(progress, interruption, watch.note)
-        trainer = cit.build_trainer(
+        trainer = stage.build_trainer(
             recipe,
             folder=here.folder,
             base_folder=here.base_folder,
@@ -205,7 +207,7 @@ def train(
                 "a checkpoint is kept, the same command continues"
             )
     adapter = folder / "adapter"
-    trainer.model.save_pretrained(str(adapter))
+    trainer.model.save_pretrained(str(adapter), selected_adapters=["default"])  # not stage ca's reference
     if here.base_folder is not None:
         for path in here.folder.iterdir():  # the parent's own tokenizer and chat template, if it has them
             if path.suffix != ".safetensors" and not (adapter / path.name).exists():
@@ -245,6 +247,11 @@ def history_data(connection: Connection, version: VersionEntry) -> list[str]:
         d for ancestor in versions.ancestors(connection, version) for d in reversed(ancestor.record.data)
     ]
     return list(dict.fromkeys(reversed(newest_first)))
+
+
+def _stage(store: Store, update: Update) -> str:
+    """The module of ``training`` that builds the trainer: the recipe's stage."""
+    return Recipe.from_document(store.document(update.recipe)).stage
 
 
 def _asset(store: Store, digest: str) -> Asset:
