@@ -23,8 +23,8 @@ from meristem.demo.story import DATA, TASKS
 from meristem.ecosystem.sources import open_source
 from meristem.engine.generate import generate
 from meristem.engine.load import Engine, load
-from meristem.engine.prompts import encode_option, encode_prompt
-from meristem.engine.score import option_logprobs
+from meristem.engine.prompts import encode_options, encode_prompt
+from meristem.engine.score import score_options
 from meristem.training import cit
 
 FIRST, SECOND = TASKS[:2]
@@ -90,14 +90,16 @@ def scores(adapter: Path, base: Path, rows: dict[str, list[dict[str, Any]]]) -> 
 
 
 def routed(engine: Engine, rows: list[dict[str, Any]]) -> list[str]:
-    options = [encode_option(engine, team) for team in TEAMS]
-    prompts = [encode_prompt(engine, row["prompt"]) for row in rows]
-    found = option_logprobs(engine, prompts, [options] * len(rows))
-    return [TEAMS[max(range(len(TEAMS)), key=scores.__getitem__)] for scores in found]
+    encoded = [encode_options(engine, row["prompt"], TEAMS) for row in rows]
+    found = score_options(
+        engine, [contexts[0] for contexts, _ in encoded], [options for _, options in encoded]
+    )
+    return [TEAMS[max(range(len(TEAMS)), key=lambda k: scores[k].logprob)] for scores in found]
 
 
 def extracted(engine: Engine, rows: list[dict[str, Any]]) -> list[str]:
-    return [text.strip() for text in generate(engine, [encode_prompt(engine, r["prompt"]) for r in rows], 12)]
+    made = generate(engine, [encode_prompt(engine, row["prompt"]) for row in rows], max_new_tokens=12)
+    return [text.text.strip() for [text] in made]
 
 
 def share(answers: list[str], rows: list[dict[str, Any]]) -> float:

@@ -40,7 +40,7 @@ def greedy(folder, base_folder):
 
     engine = load(folder, base_folder=base_folder, dtype="float32")
     asked = [f"{task} {word} ?" for task in "AB" for word in acme.WORDS[:3]]
-    return generate(engine, [encode_prompt(engine, text) for text in asked], 8)
+    return generate(engine, [encode_prompt(engine, text) for text in asked], max_new_tokens=8)
 
 
 def test_the_whole_story(tmp_path, monkeypatch):
