@@ -91,9 +91,7 @@ def scores(adapter: Path, base: Path, rows: dict[str, list[dict[str, Any]]]) -> 
 
 def routed(engine: Engine, rows: list[dict[str, Any]]) -> list[str]:
     encoded = [encode_options(engine, row["prompt"], TEAMS) for row in rows]
-    found = score_options(
-        engine, [contexts[0] for contexts, _ in encoded], [options for _, options in encoded]
-    )
+    found = score_options(engine, [context for context, _ in encoded], [options for _, options in encoded])
     return [TEAMS[max(range(len(TEAMS)), key=lambda k: scores[k].logprob)] for scores in found]
 
 

@@ -225,7 +225,7 @@ def resolve_recipe(*overrides: dict[str, Any]) -> Recipe:
         raise BadInput(_first(error, "recipe")) from error
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """PyYAML's safe loader; a key that stands twice is refused, because one of the two would silently lose."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -240,7 +240,7 @@ class _Loader(yaml.SafeLoader):
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        fields = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
+        fields = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)  # a SafeLoader
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such file") from error
     except UnicodeDecodeError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.conftest import Notebook
 
@@ -45,6 +45,7 @@ def test_batches_run_once_and_report():
     assert len(computed) == len(made.batches)
 
 
+@settings(deadline=None)  # the first example imports the harness
 @given(st.integers(0, 60), st.integers(1, 12), st.integers(1, 12))
 def test_windows_equal_the_harness(count, longest, context):
     utils = pytest.importorskip("lm_eval.utils")

@@ -68,6 +68,11 @@ def test_without_options_there_is_no_calibration():
     assert calibration([free, row(0.5, 1)]).n == 1
 
 
+def test_scores_that_are_no_shares_have_no_accuracy():
+    margins = [{**row(0.9, 3.5, i), "unit": "nats"} for i in range(3)]
+    assert calibration(margins) is None
+
+
 def test_a_prediction_without_its_likelihood_is_refused():
     with pytest.raises(BadInput, match="item t/0: no finite log-likelihood"):
         calibration([{**row(0.5, 1), "prediction": "z"}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -170,6 +171,14 @@ def test_markdown_rows_keep_their_columns(ws):
     assert len(rows) == 2 + 40
     assert all(line.replace(r"\|", "").count("|") == 7 for line in rows)
     assert "<script>" not in text and r"a \| b \<script\>\*x\*" in text
+
+
+def test_markdown_shows_every_number_as_people_read_it(ws):
+    found = altered(measure(ws, "support@v3"), score=-1.25)
+    summary = {**found.entry.record.summary, "score": -1.25, "unit": "bits_per_byte"}
+    record = found.entry.record.model_copy(update={"summary": summary})
+    text = evaluation_markdown(replace(found, entry=replace(found.entry, record=record)))
+    assert "| 1.25 |" in text and "-1.25" not in text
 
 
 def test_markdown_of_a_comparison(ws):

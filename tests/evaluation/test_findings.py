@@ -102,3 +102,11 @@ def test_many_places_are_counted():
     pairs = ([LOST] * 15 + [KEPT] * 5) * 6
     found = told(pairs, slices=[name for name in "abcdef" for _ in range(20)])
     assert "Certain losses: slices a, b, c, d and 2 more." in found.sentence
+
+
+def test_a_slice_of_every_item_is_the_whole_and_judged_as_the_whole():
+    """10 losses and 3 gains: one-sided p = 0.046, but the two-sided interval of the total holds 0."""
+    pairs = [LOST] * 10 + [WON] * 3 + [KEPT] * 87
+    plain, named = told(pairs), told(pairs, slices=["only"] * 100)
+    assert compared(pairs, ["only"] * 100).slices[0].regressed
+    assert (plain.outcome, plain.places) == (named.outcome, named.places) == ("none", ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import resource
 import subprocess
 import sys
 
@@ -154,12 +155,29 @@ def test_a_second_process_computes_by_itself(engine, suite, whole, tmp_path):
     ) as other:
         assert other.stdout.readline() == "held\n"
         with journal_at(path) as journal:
-            assert journal is None
+            journal.part("a").put(9, [1])  # kept nowhere
+            assert journal.part("a").get(9) is None
             assert json.dumps(evaluate(engine, suite, journal=journal)) == whole[0]
         assert path.exists()  # it is the other's
         other.communicate()
     with path.open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_full_disk_is_the_environments_fault_and_what_was_kept_is_read(tmp_path):
+    path = tmp_path / "j"
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(EnvironmentFailure, match="file-size limit"), journal_at(path) as journal:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+            for batch in range(100):
+                journal.part("a").put(batch, [batch])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert path.stat().st_size == 1000
+    with journal_at(path) as journal:
+        assert 10 < len(journal.known) < 100
+        assert all(values == [batch] for (_, batch), values in journal.known.items())
 
 
 def test_a_folder_that_cannot_be_written_is_the_environments_fault(tmp_path):

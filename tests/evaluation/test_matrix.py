@@ -33,6 +33,25 @@ def test_the_last_row_is_the_version_asked_about():
     assert found.matrix.bwt == pytest.approx(0.5 - 0.9)
 
 
+def test_tasks_in_another_unit_have_no_mean_with_shares():
+    def suite(task, **more):
+        return SimpleNamespace(name=task, record=SimpleNamespace(facts={"tasks": [task], **more}))
+
+    bits = {"unit": "bits_per_byte"}
+    line = [
+        SimpleNamespace(label=name, record=SimpleNamespace(tasks=tasks))
+        for name, tasks in (("v1", []), ("v2", ["b"]), ("v3", ["a", "b"]))
+    ]
+
+    def tasks(*suites):
+        score = lambda version, _, task: SCORES[version.label]["ab".index(task)]  # noqa: E731
+        return line_matrix(score, line, list(suites)).tasks
+
+    assert tasks(suite("a"), suite("b", **bits)) == ("a",)
+    assert tasks(suite("a", **bits), suite("b", **bits)) == ("b", "a")
+    assert tasks(suite("a", unit="nats"), suite("b", **bits)) == ("b",)
+
+
 def test_general_instruction_and_safety_deltas():
     """R[t] - R[0] of the line's last and first version: one score per suite, its newest version, unmixed kinds."""
 

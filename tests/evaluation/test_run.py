@@ -10,8 +10,8 @@ from tests.engine.conftest import make_model, make_tokenizer
 from meristem.engine.generate import generate
 from meristem.engine.identity import EngineSettings
 from meristem.engine.load import wrap
-from meristem.engine.prompts import encode_option, encode_prompt
-from meristem.engine.score import option_logprobs
+from meristem.engine.prompts import encode_prompt
+from meristem.engine.score import score_options
 from meristem.errors import BadInput
 from meristem.evaluation.items import Item, Message
 from meristem.evaluation.run import evaluate
@@ -25,6 +25,12 @@ OPTIONS = ("no", "yes please", "maybe")
 @pytest.fixture(scope="module")
 def engine():
     return wrap(make_model(), make_tokenizer(), EngineSettings(dtype="float32", batch_tokens=128))
+
+
+def logprobs(engine, context, options):
+    """Of each option after ``context``; a chat template's prompt ends where an answer begins."""
+    tokens = [engine.tokenizer(option, add_special_tokens=False)["input_ids"] for option in options]
+    return [score.logprob for score in score_options(engine, [context], [tokens])[0]]
 
 
 def item(at, answer, options=(), **more):
@@ -51,7 +57,7 @@ def test_choice_takes_the_best_option_and_generate_matches_exactly(engine, suite
     ]
     for result, asked in zip(results, suite.tasks[0].items, strict=False):
         context = encode_prompt(engine, asked.chat())
-        scores = option_logprobs(engine, [context], [[encode_option(engine, o) for o in OPTIONS]])[0]
+        scores = logprobs(engine, context, OPTIONS)
         assert result["prediction"] == OPTIONS[scores.index(max(scores))]
         assert result["score"] == float(result["prediction"] == asked.answer)
         assert list(result["detail"]["logprobs"]) == list(OPTIONS)
@@ -82,17 +88,16 @@ def test_progress_counts_all_items(engine, suite):
 def test_an_item_too_long_for_the_model_is_refused_or_cut_as_the_task_says(engine):
     long = Item("long", (Message("user", "x" * 300),), "a", ("a", "bcd"))
     with pytest.raises(
-        BadInput, match=r"suite 's', task 't': item 'long': 3\d\d tokens, but there is room for 253"
+        BadInput, match=r"suite 's', task 't': item 'long': 3\d\d tokens, but there is room for 254"
     ):
         evaluate(engine, Suite("s", (Task("t", "choice", Choice(), "target", (long,)),)))
     tokens = encode_prompt(engine, long.chat())
-    for side, fed in (("left", tokens[-253:]), ("right", tokens[:253])):
+    for side, fed in (("left", tokens[-254:]), ("right", tokens[:254])):
         task = Task("t", "choice", Choice(), "target", (long, item(0, "a", ("a", "b"))), truncation=side)
         cut, whole = evaluate(engine, Suite("s", (task,)))
-        options = [encode_option(engine, option) for option in long.options]
-        scores = option_logprobs(engine, [fed], [options])[0]
+        scores = logprobs(engine, fed, long.options)
         assert list(cut["detail"]["logprobs"].values()) == pytest.approx(scores, rel=1e-5)
-        assert cut["detail"]["truncated"] == len(tokens) - 253
+        assert cut["detail"]["truncated"] == len(tokens) - 254
         assert "truncated" not in whole["detail"]
 
 
@@ -105,7 +110,7 @@ def test_format_and_worked_examples_change_what_the_model_reads(engine):
     values = [rows[0]["detail"]["logprobs"]["no"] for rows in told]
     assert len(set(values)) == 3
     shown = [*(shot.to_document() for shot in shots), {"role": "user", "content": "question 0"}]
-    [[score]] = option_logprobs(engine, [encode_prompt(engine, shown)], [[encode_option(engine, "no")]])
+    [score] = logprobs(engine, encode_prompt(engine, shown), ["no"])
     assert values[2] == pytest.approx(score, rel=1e-5)
 
 
@@ -114,11 +119,19 @@ def test_unconditional_scoring_takes_out_how_likely_an_option_is_by_itself(engin
     plain = evaluate(engine, Suite("s", (topics(2),)))
     for row, before in zip(evaluate(engine, Suite("s", (task,))), plain, strict=True):
         empty = encode_prompt(engine, [{"role": "user", "content": ""}])
-        prior = option_logprobs(engine, [empty], [[encode_option(engine, o) for o in OPTIONS]])[0]
+        prior = logprobs(engine, empty, OPTIONS)
         assert list(row["detail"]["unconditional"].values()) == pytest.approx(prior, rel=1e-5)
         assert row["detail"]["logprobs"] == before["detail"]["logprobs"]
         margins = [value - p for value, p in zip(row["detail"]["logprobs"].values(), prior, strict=True)]
         assert row["prediction"] == OPTIONS[margins.index(max(margins))]
+
+
+def test_unconditional_scoring_of_plain_text_starts_from_the_first_condition(engine):
+    """The tokenizer puts no token before a text, so an empty question has none."""
+    task = Task("t", "choice", Choice(scoring="unconditional"), "target", topics(1).items, format="text")
+    [row] = evaluate(engine, Suite("s", (task,)))
+    prior = logprobs(engine, [engine.tokenizer.eos_token_id], [f" {option}" for option in OPTIONS])
+    assert list(row["detail"]["unconditional"].values()) == pytest.approx(prior, rel=1e-5)
 
 
 def test_length_normalised_scoring_divides_by_characters(engine):

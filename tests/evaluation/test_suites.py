@@ -107,6 +107,11 @@ def test_documents_that_are_refused(tmp_path):
     bad["tasks"][0]["kind"] = "other"
     with pytest.raises(BadInput, match="kind 'other'"):
         Suite.from_document(bad)
+    for key in ("format", "truncation"):
+        bad = json.loads(json.dumps(good))
+        bad["tasks"][0][key] = "other"
+        with pytest.raises(BadInput, match=f"{key} 'other'"):
+            Suite.from_document(bad)
 
 
 def test_leaks_see_the_filled_template_and_the_raw_field(tmp_path):
@@ -127,6 +132,16 @@ YAML_REFUSALS = [
     (TASKS.replace("metric: accuracy", "metric: exact_match"), "tasks.0.metric: Input should be 'accuracy'"),
     (TASKS.replace("kind: target", "kind: odd"), "tasks.0.kind"),
     (TASKS.replace("kind: target", "kind: target\n    extra: 1"), "tasks.0.extra"),
+    (
+        TASKS.replace("options: [billing", "option: [billing"),
+        "tasks.0.option: unknown key; did you mean 'options'?",
+    ),
+    (
+        TASKS.replace("kind: target", "kind: target\n    promt: x"),
+        "tasks.0.promt: unknown key; did you mean 'prompt'?",
+    ),
+    (TASKS.replace("tasks:", "task:"), "task: unknown key; did you mean 'tasks'?"),
+    (TASKS.replace("kind: target", "knd: target"), "tasks.0.kind: missing"),
     (TASKS + "extra: 1", "extra"),
     ("schema: meristem/suite/v2" + TASKS, "schema"),
     (TASKS.replace("name: facts", "name: topics"), "two tasks are named 'topics'"),
@@ -143,6 +158,10 @@ YAML_REFUSALS = [
         "tasks.0.max_new_tokens",
     ),
     (TASKS.replace("max_new_tokens: 5", "options: [a, b]"), "tasks.1.options"),
+    (
+        TASKS.replace("max_new_tokens: 5", f"temperature: 1.0\n    seed: {2**64}"),
+        "a number in it cannot be stored",
+    ),
     (TASKS.replace("max_new_tokens: 5", "max_new_tokens: 0"), "max_new_tokens"),
 ]
 
@@ -154,6 +173,14 @@ def test_suite_file_refusals(tmp_path, yaml, message):
         load_suite(path)
     assert str(caught.value).startswith(str(path))
     assert message in str(caught.value)
+
+
+def test_a_template_that_asks_for_another_field_is_told_before_the_unknown_one(tmp_path):
+    path = write(tmp_path, TASKS.replace("{text}", "{txt}"))
+    with pytest.raises(
+        BadInput, match=r"topics\.jsonl:1: the prompt template asks for 'txt', which this item lacks"
+    ):
+        load_suite(path)
 
 
 def test_missing_unreadable_and_enormous_suite_files(tmp_path):
@@ -259,6 +286,11 @@ def test_worked_examples_stand_between_system_message_and_question(tmp_path):
         (SHOTS, SHOWN.replace("count: 2", "count: 0"), "tasks.0.few_shot.count"),
         (SHOTS, SHOWN.replace("shots.jsonl", "none.jsonl"), "no data file 'none.jsonl'"),
         ([{"text": "x", "answer": "other"}], SHOWN, "shots.jsonl:1: "),
+        (
+            [{"messages": [{"role": r, "content": r} for r in ("system", "user")], "answer": "x"}],
+            f"{TASKS}    few_shot: {{data: shots.jsonl, count: 1}}\n",
+            "example 'shots-1' has a system message",
+        ),
     ],
 )
 def test_worked_examples_that_are_refused(tmp_path, shots, text, message):
@@ -312,7 +344,10 @@ EVERY_TYPE = [
         [QUESTION],
         {"type": "generate", "samples": 3, "temperature": 1, "top_p": 0.5, "seed": 7, "stop": ["."]},
     ),
-    ([QUESTION], {"type": "generate", "extract": "(.*)", "normalize": True, "max_new_tokens": 9}),
+    (
+        [{**QUESTION, "answer": "word"}],  # of an "a" nothing would be left
+        {"type": "generate", "extract": "(.*)", "normalize": True, "max_new_tokens": 9},
+    ),
     ([{"prompt": "p"}], {"type": "generate", "metric": "judge", "judge": JUDGE}),
     ([{"text": "abc", "cluster": "c", "slice": "s"}], {"type": "perplexity"}),
     ([{"text": "abc"}], {"type": "perplexity", "window": 64}),

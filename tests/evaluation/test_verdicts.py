@@ -119,6 +119,8 @@ def test_verdicts_in_bits_per_byte():
     worse = non_inferiority(found, 0.02)
     assert worse.outcome == "fail"
     assert "bits per byte" in worse.reason and "points" not in worse.reason and "%" not in worse.reason
+    assert f"{-found.old_score:.4f} -> {-found.new_score:.4f}" in worse.reason  # as people count bits
+    assert f"difference {-found.difference:+.4f}" in worse.reason
     assert non_inferiority(found, 1.5).passed  # a margin above 1 has a meaning here
     with pytest.raises(BadInput, match="a number of bits per byte, 0 or more"):
         non_inferiority(found, -0.1)

@@ -223,9 +223,18 @@ def test_such_a_suite_is_refused_before_training(ws):
     entry = ws.asset("suite", "a")
     facts = {**entry.record.facts, "unit": "bits_per_byte"}
     scored = dataclasses.replace(entry, record=entry.record.model_copy(update={"facts": facts}))
-    settings = ModelSettings.model_validate({"gates": [{"gate": "negative_flips", "max_rate": 0.1}]})
+
+    def spelled(gate, suites="learned", **arguments):
+        policy = ModelSettings.model_validate({"gates": [{"gate": gate, "suites": suites, **arguments}]})
+        return criteria.spelled_out(policy, [scored], set(), {"a"})
+
     with pytest.raises(BadInput, match="cannot judge suite a: its scores are bits per byte"):
-        criteria.spelled_out(settings, [scored], set(), {"a"})
+        spelled("negative_flips", ["a"], max_rate=0.1)
+    assert spelled("negative_flips", max_rate=0.1) == []  # unnamed, it is passed over
+    assert len(spelled("non_inferiority", margin=2)) == 1
+    scored = entry
+    with pytest.raises(BadInput, match="non_inferiority: margin: 2 is more than the scores of suite a can"):
+        spelled("non_inferiority", margin=2)
 
 
 # Gates of others

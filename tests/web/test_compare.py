@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from html import unescape
@@ -12,7 +13,7 @@ from tests import acme
 from tests.web.test_report import Page, section, text_of
 
 import meristem as ms
-from meristem.errors import EnvironmentFailure
+from meristem.errors import BadInput, EnvironmentFailure
 from meristem.evaluation.exports.finding import finding
 from meristem.evaluation.exports.scales import scale
 from meristem.evaluation.items import Item, Message
@@ -21,7 +22,7 @@ from meristem.evaluation.tasks.choice import Choice
 from meristem.web import wording
 from meristem.web.exports import evaluation_export, write_comparison
 from meristem.web.items import SHORT, questions
-from meristem.web.pages import SCRIPT
+from meristem.web.pages import SCRIPT, write_text
 from meristem.web.report import render
 
 EVIL = "<script>alert('pwned')</script>"
@@ -207,6 +208,16 @@ def test_a_folder_that_cannot_be_written_is_the_environments_fault(ws, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentFailure):
         page(ws, "support@v3", tmp_path / "file")
+
+
+def test_a_page_is_written_whole_or_not_at_all_and_never_over_a_folder(tmp_path, monkeypatch):
+    write_text("old", tmp_path / "page.html")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(EnvironmentFailure, match="free some space"):
+        write_text("new", tmp_path / "page.html")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+    with pytest.raises(BadInput, match="a folder; name a file in it"):
+        write_text("new", tmp_path)
 
 
 def test_the_release_report_shows_units_too(ws, tmp_path):

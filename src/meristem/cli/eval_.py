@@ -10,6 +10,7 @@ import typer
 from meristem.cli.options import JSON, opened, show, table
 
 if TYPE_CHECKING:
+    from meristem.data.matching import ItemMatch
     from meristem.evaluation.comparison import Comparison
     from meristem.evaluation.exports.finding import Finding
     from meristem.evaluation.service import EvaluationEntry
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(name="eval", help="Evaluations and paired comparisons.", no_args_is_help=True)
 
 REF = Annotated[str, typer.Argument(metavar="REF")]
+MOST_ITEMS = 20  # listed on a terminal
 SUITE = Annotated[str, typer.Option()]
 
 
@@ -136,13 +138,17 @@ def contamination(
 
     Exit 0: none, 1: some, 3: not everything could be read.
     """
+    from meristem.web.wording import plural
+
     with opened() as ws:
         report = ws.contamination(reference, suite, ngram=ngram)
         lines = [
-            f"{report.version} on {report.suite}: {len(report.found)} of {report.items} items stand in "
-            f"{report.rows} rows of training data ({report.ngram} words in a row, or whole)"
+            f"{report.version} on {report.suite}: {len(report.found)} of {report.items} items stand in training "
+            f"data ({plural(report.rows, 'row')} read for {report.ngram} words in a row, or whole)"
         ]
-        lines += [f"  {match.item}: {match.kind}, {match.share:.0%}" for match in report.found[:20]]
+        lines += [f"  {_contaminated(match)}" for match in report.found[:MOST_ITEMS]]
+        if len(report.found) > MOST_ITEMS:
+            lines.append(f"  and {len(report.found) - MOST_ITEMS:,} more")
         lines += [f"  not read: {data.label}, {data.why}" for data in report.unchecked]
         lines += [f"  {version} came ready made; its data is not known" for version in report.unrecorded]
         show(as_json, report.to_document(), "\n".join(lines))
@@ -151,13 +157,15 @@ def contamination(
 
 def _scores(title: str, entry: EvaluationEntry) -> list[str]:
     from meristem.evaluation.exports.scales import scale
+    from meristem.web.wording import plural, small_duration
 
     summary: dict[str, Any] = entry.record.summary
     shown = scale(summary.get("unit"))
     lines = [f"{title}: {shown.plain(summary['score'])} over {summary['items']} items"]
-    lines += [f"  {n}: {shown.plain(v)}" for n, v in {**summary["tasks"], **summary["slices"]}.items()]
+    lines += [f"  {name}: {shown.plain(value)}" for name, value in summary["tasks"].items()]
+    lines += [f"  slice {name}: {shown.plain(value)}" for name, value in summary["slices"].items()]
     whole = summary.get("bits_per_byte", {})
-    lines += [f"  {name} as one text: {value:.4f} bits per byte" for name, value in whole.items()]
+    lines += [f"  {name}, all bytes as one text: {value:.4f} bits per byte" for name, value in whole.items()]
     if cut := summary.get("truncated"):
         told = (
             "prompt did not fit the model's window and was"
@@ -165,8 +173,18 @@ def _scores(title: str, entry: EvaluationEntry) -> list[str]:
             else "prompts did not fit the model's window and were"
         )
         lines.append(f"  {cut} {told} cut")
-    took = f"{entry.seconds:.1f} s, {1000 * entry.seconds / summary['items']:.3g} ms per item"
+    if unread := summary.get("unreadable"):
+        lines.append(f"  {plural(unread, 'judgement')} could not be read and counted as 0")
+    took = f"{entry.seconds:.1f} s, {small_duration(entry.seconds / summary['items'])} per item"
     return [*lines, f"  ({took}{'; stored before' if entry.cached else ''})"]
+
+
+def _contaminated(match: ItemMatch) -> str:
+    """``routing/r-1: whole, in tickets@v1 t-17 and 2 more rows`` or ``...: 67% of its words, in ...``"""
+    what = "whole" if match.kind == "exact" else f"{match.share:.0%} of its passages"
+    row = match.first[0]
+    more = f" and {match.rows - 1:,} more" if match.rows > 1 else ""
+    return f"{match.item}: {what}, in {row.data} {row.row}{more}"
 
 
 def _compared(found: Comparison, told: Finding) -> list[str]:
@@ -180,6 +198,7 @@ def _compared(found: Comparison, told: Finding) -> list[str]:
     lines = [
         f"  score {shown.plain(found.old_score)} -> {shown.plain(found.new_score)} "
         f"({shown.sign * found.difference:+.3f}, {interval})"
+        + ("; lower is better" if shown.sign < 0 else "")
     ]
     if found.unit is None:
         lines.append(
@@ -193,7 +212,7 @@ def _compared(found: Comparison, told: Finding) -> list[str]:
             f"  {kind} {group.name} got worse: {shown.plain(group.old_score)} -> {shown.plain(group.new_score)}, "
             f"p = {group.p_adjusted:.2g} after Holm"
             for group in groups
-            if group.regressed and (kind == "slice" or len(groups) > 1)
+            if f"{kind} {group.name}" in told.places
         ]
     return [*lines, f"  {told.sentence} {told.settle}".rstrip()]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import re
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from meristem.store.schema import evaluations, records
 from meristem.store.store import Store
 
 RUNS, CACHE = "runs", "cache"
+MONTH = 30 * 86400  # seconds
 _JOURNAL = re.compile(r"evaluation-[0-9a-f]{16}\.jsonl")
 _RUN = re.compile(r"update-([0-9]{1,9})(\.lock)?")
 
@@ -54,10 +56,14 @@ def journal(store: Store, key: tuple[str, str, str]) -> Path:
 
 
 def stale_journals(store: Store, connection: Connection) -> list[Path]:
-    """Journals of evaluations that are in the store: left by a kill between its commit and its tidying up."""
+    """Journals of evaluations that are in the store (left by a kill between its commit and its tidying up), and those
+    that nobody went on with for a month (of weights or settings that are gone, or that failed)."""
     found = {path for path in _listed(store.root / RUNS) if _JOURNAL.fullmatch(path.name)}
+    if not found:
+        return []
     keys = connection.execute(select(evaluations.c.content, evaluations.c.suite, evaluations.c.engine))
-    return sorted(found & {journal(store, tuple(row)) for row in keys}) if found else []
+    old = {path for path in found if time.time() - path.stat().st_mtime > MONTH}
+    return sorted(old | found & {journal(store, tuple(row)) for row in keys})
 
 
 def remove(paths: Iterable[Path]) -> int:

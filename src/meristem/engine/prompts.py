@@ -39,8 +39,8 @@ def encode_prompt(engine: Engine, messages: str | Messages, format: Format = "ch
 
 def encode_options(
     engine: Engine, messages: str | Messages, options: Sequence[str], format: Format = "chat"
-) -> tuple[list[list[int]], list[list[int]]]:
-    """``(contexts, continuations)``, one of each per option: what ``score_options`` takes as pairs.
+) -> tuple[list[int], list[list[int]]]:
+    """``(context, continuations)``: the prompt's token ids, and those of each option after it.
 
     Prompt and option are tokenized together and split where the prompt's own tokens end, as lm-evaluation-harness
     does (``_encode_pair``). In a chat the answer starts at once; in text it follows after one space, and white space
@@ -56,7 +56,7 @@ def encode_options(
     for option, ids in zip(options, continuations, strict=True):
         if not option or not ids:
             raise BadInput(f"the option {option!r} has no tokens after the prompt")
-    return [context for _ in options], continuations
+    return context, continuations
 
 
 def fit(tokens: Sequence[int], room: int | None, side: Side = "refuse") -> tuple[list[int], int]:
@@ -67,9 +67,11 @@ def fit(tokens: Sequence[int], room: int | None, side: Side = "refuse") -> tuple
     over = 0 if room is None else max(0, len(tokens) - room)
     if not over:
         return list(tokens), 0
-    if side == "refuse" or not room or room < 1:
+    if not room or room < 1:
+        raise BadInput("what must follow the prompt fills the model's window alone; shorten it")
+    if side == "refuse":
         raise BadInput(
-            f"{len(tokens)} tokens, but there is room for {max(0, room or 0)}; shorten it or set a truncation side"
+            f"{len(tokens)} tokens, but there is room for {room}; shorten it or set a truncation side"
         )
     return list(tokens[over:] if side == "left" else tokens[:room]), over
 
@@ -79,18 +81,10 @@ def _templated(engine: Engine, format: Format) -> bool:
 
 
 def _encode_all(engine: Engine, texts: list[str], format: Format) -> list[list[int]]:
-    found: list[list[int]] = engine.tokenizer(texts, add_special_tokens=not _templated(engine, format))[
-        "input_ids"
-    ]
+    # verbose: what is too long for the model is our callers' to refuse or to cut
+    found: list[list[int]] = engine.tokenizer(
+        texts, add_special_tokens=not _templated(engine, format), verbose=False
+    )["input_ids"]
     if not found[0]:
         raise BadInput("the prompt has no tokens; give it some text")
     return found
-
-
-def encode_option(engine: Engine, option: str) -> list[int]:
-    """Token ids of an answer by itself; ``encode_options`` tokenizes it with its prompt."""
-    text = option if engine.tokenizer.chat_template is not None else f" {option}"
-    ids = [int(token) for token in engine.tokenizer(text, add_special_tokens=False)["input_ids"]]
-    if not ids:
-        raise BadInput(f"the option {option!r} has no tokens")
-    return ids

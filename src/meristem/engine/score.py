@@ -64,10 +64,8 @@ def score_options(
     def compute(batch: tuple[int, ...]) -> list[list[Value]]:
         return _score_rows(engine, [rows[at] for at in batch], pairs, owners, tree)
 
-    def report(
-        done: int, total: int
-    ) -> None:  # rows are not items: several may belong to one, or one to several
-        if progress:
+    def report(done: int, total: int) -> None:
+        if progress:  # in items: a row may serve several, and one may have several rows
             progress(len(contexts) * done // total, len(contexts))
 
     values = run_batches(batches, compute, journal, report)
@@ -78,19 +76,6 @@ def score_options(
     }
     order = iter(range(len(pairs)))
     return [[found[next(order)] for _ in choices] for choices in options]
-
-
-def option_logprobs(
-    engine: Engine,
-    contexts: Sequence[Sequence[int]],
-    options: Sequence[Sequence[Sequence[int]]],
-    progress: Progress | None = None,
-) -> list[list[float]]:
-    """Log-likelihoods only."""
-    return [
-        [score.logprob for score in scores]
-        for scores in score_options(engine, contexts, options, progress=progress)
-    ]
 
 
 def _check(

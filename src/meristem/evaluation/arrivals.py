@@ -47,7 +47,7 @@ def _check_evaluation(record: Evaluation, body: bytes) -> None:
         results: list[ItemResult] = parse(body)
         sound = bool(results) and summary(results) == record.summary
         sound = sound and all(isinstance(row["id"], str) for row in results)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
         sound = False
     if not sound:
         raise BadInput(f"evaluation {record.digest} in the bundle: its results are not what it says of them")

@@ -48,11 +48,15 @@ def probabilities(logprobs: Mapping[str, float]) -> dict[str, float]:
 
 def calibration(results: Sequence[ItemResult], bins: int = BINS) -> Calibration | None:
     """Expected calibration error over equal-width bins (Guo et al., ICML 2017) of the items whose
-    ``detail["logprobs"]`` gives option log-likelihoods; ``None`` when no item has them.
+    ``detail["logprobs"]`` gives option log-likelihoods; ``None`` when no item has them, or when scores are no shares.
 
     The confidence of an item is the probability of the option it answered (``prediction``).
     """
-    points = [(_confidence(row), row["score"]) for row in results if row["detail"].get("logprobs")]
+    points = [
+        (_confidence(row), row["score"])
+        for row in results
+        if row["detail"].get("logprobs") and "unit" not in row
+    ]
     if not points:
         return None
     members: list[list[tuple[float, float]]] = [[] for _ in range(bins)]

@@ -44,8 +44,9 @@ def refuse_leaks_into(where: str, rows: Sequence[dict[str, Any]], label: str, su
     if found:
         shown = ", ".join(f"{row} = {item}" for row, item in found[:3])
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        rows_found = len({row for row, _ in found})  # one row may be an item of several tasks
         raise BadInput(
-            f"{where}: {len(found)} training rows are also test items of suite {label} ({shown}{more}); "
+            f"{where}: {rows_found} training rows are also test items of suite {label} ({shown}{more}); "
             "remove them from the training data"
         )
 

@@ -128,6 +128,12 @@ def make_item(raw: dict[str, Any], rules: Rules, default_id: str) -> Item:
     fields = template_fields(rules.template) if rules.template else ()
     known = KNOWN | settings.KEYS | (PROMPT if settings.PROMPTED else frozenset())
     unknown = raw.keys() - known - set(fields)
+    for field in fields:  # before the unknown keys, which may be what the template means
+        if unknown and raw.get(field) is None:
+            raise Refused(
+                f"the prompt template asks for {field!r}, which this item lacks; it has {sorted(raw)}: "
+                "correct the template or the item"
+            )
     if unknown:
         raise Refused(
             f"unknown keys {sorted(unknown)}; an item has {sorted(known)} and the fields of its task's prompt template"

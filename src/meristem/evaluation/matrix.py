@@ -76,7 +76,8 @@ def line_matrix(
     """The matrix of ``line`` (oldest first; its first version gives the baseline).
 
     ``score(version, suite, task)`` gives one cell, or None where nothing was measured. A task counts when some
-    suite tests it. Raises ``BadInput`` when the line learned no such task. ``deltas=False`` asks for no score of
+    suite tests it; beside tasks scored in shares, those in another unit are left out, as they have no mean with
+    them. Raises ``BadInput`` when the line learned no such task. ``deltas=False`` asks for no score of
     the general, instruction and safety suites.
     """
     tested = {task: suite for suite in suites for task in suite.record.facts["tasks"]}
@@ -85,6 +86,7 @@ def line_matrix(
         fresh = [task for task in version.record.tasks if task not in known]
         known |= set(fresh)
         steps += [(version, task) for task in fresh if task in tested]
+    steps = _of_one_unit(steps, tested)
     if not steps:
         raise BadInput(f"{line[-1].label} and its ancestors learned no task that a suite tests")
     steps[-1] = (line[-1], steps[-1][1])  # later versions may have retrained known tasks only
@@ -97,6 +99,15 @@ def line_matrix(
         TaskMatrix(tuple(rows), baseline),
         suite_deltas(score, line[0], line[-1], suites) if deltas else (),
     )
+
+
+def _of_one_unit(
+    steps: list[tuple[VersionEntry, str]], tested: dict[str, AssetEntry]
+) -> list[tuple[VersionEntry, str]]:
+    """Of tasks in several units those in shares, or else in the unit of the first."""
+    units = [tested[task].record.facts.get("unit") for _, task in steps]
+    kept = None if None in units else units[0] if units else None
+    return [step for step, unit in zip(steps, units, strict=True) if unit == kept]
 
 
 def suite_deltas(

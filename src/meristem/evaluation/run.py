@@ -16,13 +16,20 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    engine: Engine, suite: Suite, progress: Progress | None = None, journal: JournalFile | None = None
+    engine: Engine,
+    suite: Suite,
+    progress: Progress | None = None,
+    journal: JournalFile | None = None,
+    *,
+    prepared: bool = False,
 ) -> list[ItemResult]:
     """One result per item, in the suite's order. ``progress(done items, all items)``.
 
-    Batches that ``journal`` holds are not computed again; the results are the same.
+    Batches that ``journal`` holds are not computed again; the results are the same. ``prepared``: by the
+    caller, who may do so before a model is loaded.
     """
-    prepare(suite)
+    if not prepared:
+        prepare(suite)
     results: list[ItemResult] = []
     for task in suite.tasks:
         run = Run(_shifted(progress, len(results), suite.size), _parts(journal, task))

@@ -107,7 +107,7 @@ class Sample:
         blocks = len(self.blocks)
         if blocks < LEAST_BLOCKS:
             what = "items" if self.clusters is None else "sources"
-            return f"{blocks} {what} are too few for a score without bounds (at least {LEAST_BLOCKS})"
+            return f"{blocks} {what} are too few for an interval of such scores (at least {LEAST_BLOCKS})"
         if self._still:
             return f"all {blocks} differences are equal, so nothing tells how much they vary"
         return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,8 @@ Progress = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True)
 class EvaluationEntry:
-    """An evaluation that is in the store, with the seconds that it took; ``cached``: not computed by this call."""
+    """An evaluation that is in the store. ``seconds``: that its items took, without loading the model; ``cached``: not
+    computed by this call."""
 
     digest: str
     record: Evaluation
@@ -67,10 +67,12 @@ class Evaluator:
         loaded = load_suite_asset(self.store, suite)
         prepare(loaded)  # before a model is loaded
         with journal_at(scratch.journal(self.store, key)) as journal:
-            started = time.monotonic()
-            engine = self._engine(version.content)
-            results = evaluate(engine, loaded, step, journal)
-            return self._record(key, version, suite, results, engine.template, time.monotonic() - started)
+            engine = self._engine(
+                version.content
+            )  # not counted: only the first suite of a version pays for it
+            journal.start()
+            results = evaluate(engine, loaded, step, journal, prepared=True)
+            return self._record(key, version, suite, results, engine.template, journal.seconds)
 
     def task_score(self, version: VersionEntry, suite: AssetEntry, task: str) -> float:
         """Mean score of ``version`` on one task of ``suite``, measured now if it was not before."""
@@ -247,18 +249,23 @@ def summary(results: list[ItemResult]) -> dict[str, Any]:
     judge; per perplexity task ``bits_per_byte``: all its bits over all its bytes (the score is a mean over items).
     """
 
-    def mean(rows: list[ItemResult]) -> float:
-        return round(sum(row["score"] for row in rows) / len(rows), 6)
-
-    tasks = sorted({row["task"] for row in results})
-    slices = sorted({row["slice"] for row in results if row["slice"]})
+    tasks: dict[str, list[float]] = {}
+    slices: dict[str, list[float]] = {}
+    for row in results:
+        tasks.setdefault(row["task"], []).append(row["score"])
+        if row["slice"]:
+            slices.setdefault(row["slice"], []).append(row["score"])
     return {
         "items": len(results),
-        "score": mean(results),
-        "tasks": {task: mean([r for r in results if r["task"] == task]) for task in tasks},
-        "slices": {name: mean([r for r in results if r["slice"] == name]) for name in slices},
+        "score": _mean([row["score"] for row in results]),
+        "tasks": {task: _mean(scores) for task, scores in sorted(tasks.items())},
+        "slices": {name: _mean(scores) for name, scores in sorted(slices.items())},
         **_counts(results),
     }
+
+
+def _mean(scores: list[float]) -> float:
+    return round(sum(scores) / len(scores), 6)
 
 
 def _counts(results: list[ItemResult]) -> dict[str, Any]:

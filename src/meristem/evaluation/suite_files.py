@@ -26,18 +26,23 @@ from __future__ import annotations
 
 import hashlib
 import random
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from meristem.config import Loader
 from meristem.data.formats import fold
 from meristem.data.jsonl import Refused
 from meristem.errors import BadInput
 from meristem.evaluation.items import Item, Message, Rules, read_items, template_fields
 from meristem.evaluation.suites import SCHEMA, Kind, Suite, Task, one_unit
 from meristem.evaluation.tasks.base import Format, TaskType, Truncation, type_named
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 MAX_FILE = 1 << 20
 
@@ -109,7 +114,12 @@ def load_suite(path: str | Path) -> Suite:
         one_unit(tasks)
     except Refused as error:
         raise BadInput.at(path, None, str(error)) from None
-    return Suite(file.name, tasks)
+    suite = Suite(file.name, tasks)
+    try:
+        _ = suite.digest
+    except ValueError as error:  # what JSON cannot carry: infinities, integers beyond 2**53
+        raise BadInput.at(path, None, f"a number in it cannot be stored ({error}); correct it") from None
+    return suite
 
 
 def _task_file(path: Path, at: int, raw: Any) -> tuple[TaskFile, TaskType]:
@@ -179,6 +189,10 @@ def _shots(path: Path, task: TaskFile, rules: Rules, items: tuple[Item, ...]) ->
             raise Refused(
                 f"few_shot: example {example.id!r} is the test item {item!r}; take it out of the examples"
             )
+        if any(message.role == "system" for message in example.messages):
+            raise Refused(
+                f"few_shot: example {example.id!r} has a system message; a conversation has one, the task's or the item's"
+            )
     if len(examples) < task.few_shot.count:
         raise Refused(
             f"few_shot: {task.few_shot.data} has {len(examples)} examples, not {task.few_shot.count}"
@@ -202,7 +216,7 @@ def _read_yaml(path: Path) -> Any:
     if len(raw) > MAX_FILE:
         raise BadInput.at(path, None, "larger than 1 MiB; items belong in the data files")
     try:
-        return yaml.safe_load(raw.decode("utf-8-sig"))
+        return yaml.load(raw.decode("utf-8-sig"), Loader=Loader)  # a SafeLoader
     except UnicodeDecodeError as error:
         raise BadInput.at(path, None, f"not UTF-8 at byte {error.start}; save the file as UTF-8") from error
     except yaml.YAMLError as error:
@@ -215,6 +229,20 @@ def _validate(path: Path, where: str, kind: Any, content: dict[str, Any]) -> Any
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key is unknown, and often missing as well: the first says more.
+        first = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
         place = ".".join([*([where] if where else []), *map(str, first["loc"])]) or "suite"
-        raise BadInput.at(path, None, f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise BadInput.at(path, None, f"{place}: {_complaint(kind, first)}") from None
+
+
+def _complaint(kind: type[BaseModel], detail: ErrorDetails) -> str:
+    if detail["type"] == "missing":
+        return "missing; add it"
+    if detail["type"] == "extra_forbidden":
+        told = "unknown key; check its spelling"
+        if len(detail["loc"]) == 1:  # deeper ones belong to a model inside of ``kind``
+            keys = {**kind.model_fields, **(TaskFile.model_fields if issubclass(kind, TaskType) else {})}
+            near = get_close_matches(str(detail["loc"][0]), keys, 1)
+            told = f"unknown key; did you mean {near[0]!r}?" if near else told
+        return told
+    return detail["msg"].removeprefix("Value error, ")

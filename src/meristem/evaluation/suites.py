@@ -135,6 +135,9 @@ def _input(item: Item) -> dict[str, Any]:
 def _stored_task(stored: dict[str, Any]) -> Task:
     if stored["kind"] not in get_args(Kind):
         raise Refused(f"kind {stored['kind']!r}")
+    way = stored.get("format", "chat"), stored.get("truncation", "refuse")
+    if way[0] not in get_args(Format) or way[1] not in get_args(Truncation):
+        raise Refused(f"format {way[0]!r}, truncation {way[1]!r}")
     known = {"name", "type", "kind", "items", "format", "truncation", "shots"}
     fields = {key: value for key, value in stored.items() if key not in known}
     if fields.get("max_new_tokens", 0) is None:
@@ -151,8 +154,7 @@ def _stored_task(stored: dict[str, Any]) -> Task:
         settings,
         stored["kind"],
         items,
-        stored.get("format", "chat"),
-        stored.get("truncation", "refuse"),
+        *way,
         tuple(Message(**shot) for shot in stored.get("shots", ())),
     )
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from meristem.errors import BadInput
 from meristem.evaluation.comparison import Comparison
+from meristem.evaluation.exports.scales import scale
 from meristem.evaluation.power import Question, flip_items_needed, items_needed
 from meristem.evaluation.sample import LEAST_BLOCKS
 
@@ -130,7 +131,8 @@ def _numbers(comparison: Comparison, lower: float, upper: float, confidence: flo
 
 def _told(comparison: Comparison, lower: float, upper: float, confidence: float) -> str:
     sources = "" if comparison.clusters is None else f" from {comparison.clusters} sources"
-    bounds = f"{confidence:.4g} one-sided bounds {_signed(lower, comparison)} to {_signed(upper, comparison)}"
+    low, high = (lower, upper) if _sign(comparison) > 0 else (upper, lower)
+    bounds = f"{confidence:.4g} one-sided bounds {_signed(low, comparison)} to {_signed(high, comparison)}"
     return (
         f"{_score(comparison.old_score, comparison)} -> {_score(comparison.new_score, comparison)} on "
         f"{comparison.n} items{sources}, difference {_signed(comparison.difference, comparison)} "
@@ -139,11 +141,16 @@ def _told(comparison: Comparison, lower: float, upper: float, confidence: float)
 
 
 def _score(value: float, comparison: Comparison) -> str:
-    return f"{value:.2%}" if comparison.unit is None else f"{value:.4f}"
+    return f"{value:.2%}" if comparison.unit is None else f"{_sign(comparison) * value:.4f}"
 
 
 def _signed(value: float, comparison: Comparison) -> str:
-    return f"{100 * value:+.2f}" if comparison.unit is None else f"{value:+.4f}"
+    return f"{100 * value:+.2f}" if comparison.unit is None else f"{_sign(comparison) * value:+.4f}"
+
+
+def _sign(comparison: Comparison) -> int:
+    """-1 where people read the quantity the other way round: fewer bits per byte are better."""
+    return scale(comparison.unit).sign
 
 
 def _amount(value: float, comparison: Comparison) -> str:

@@ -24,7 +24,8 @@ def spelled_out(
     """Every (gate, suite, arguments) of the policy for an update that teaches ``new`` on top of ``old`` tasks.
 
     ``new`` suites test a task that this update teaches first; ``learned`` ones a task taught before, and every
-    suite of kind general, instruction or safety; a suite can be both. Raises ``BadInput`` for a suite or gate that
+    suite of kind general, instruction or safety; a suite can be both. A gate passes over suites of scores that it does
+    not judge, unless it names them. Raises ``BadInput`` for a suite or gate that
     does not exist, and for a task that a gate asks about and no suite tests: absent evidence never passes.
     """
     newest = {entry.name: entry for entry in suites}
@@ -43,7 +44,10 @@ def spelled_out(
                 f"gate {gate.gate} asks about every {gate.suites} task, and no suite tests {_listed(lacking)}: "
                 f"add a suite with a task named {_listed(lacking)} (`meristem suite add`)"
             )
-        names = groups[gate.suites] if isinstance(gate.suites, str) else set(gate.suites)
+        if isinstance(gate.suites, str):
+            names = {name for name in groups[gate.suites] if built.fits(newest[name])}
+        else:
+            names = set(gate.suites)
         for name in sorted(names):
             if name not in newest:
                 raise BadInput(f"meristem.yaml: gate {gate.gate} names the unknown suite '{name}'")

@@ -36,6 +36,11 @@ class Gate(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     compares: ClassVar[bool] = True
 
+    def fits(self, suite: AssetEntry) -> bool:
+        """Whether the scores of ``suite`` are of a kind that this gate judges; those that are not it passes over, unless
+        it names them."""
+        return True
+
     def check(self, suite: AssetEntry) -> None:
         """Raises ``BadInput`` for a suite that this gate cannot judge; asked before anything is trained."""
 
@@ -72,6 +77,10 @@ class NonInferiority(Paired):
 
     margin: float = Field(ge=0, allow_inf_nan=False)
 
+    def check(self, suite: AssetEntry) -> None:
+        super().check(suite)
+        _refuse_more_than_all("non_inferiority: margin", self.margin, suite)
+
     def verdict(self, comparison: Comparison) -> Verdict:
         from meristem.evaluation.verdicts import non_inferiority
 
@@ -82,6 +91,10 @@ class Improvement(Paired):
     """Better than the champion by more than ``min_gain``, in the unit of the scores."""
 
     min_gain: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+    def check(self, suite: AssetEntry) -> None:
+        super().check(suite)
+        _refuse_more_than_all("improvement: min_gain", self.min_gain, suite)
 
     def verdict(self, comparison: Comparison) -> Verdict:
         from meristem.evaluation.verdicts import improvement
@@ -101,6 +114,9 @@ class NegativeFlips(Paired):
         super().check(suite)
         _refuse_unit(suite, suite.record.facts.get("unit"))
 
+    def fits(self, suite: AssetEntry) -> bool:
+        return suite.record.facts.get("unit") in (None, SHARE)
+
     def judge(self, case: GateCase) -> Verdict:
         _refuse_unit(case.suite, case.comparison.unit)
         return super().judge(case)
@@ -109,6 +125,14 @@ class NegativeFlips(Paired):
         from meristem.evaluation.verdicts import negative_flips
 
         return negative_flips(comparison, max_rate=self.max_rate, confidence=self.confidence)
+
+
+def _refuse_more_than_all(what: str, value: float, suite: AssetEntry) -> None:
+    if value > 1 and suite.record.facts.get("unit") in (None, SHARE):
+        raise BadInput(
+            f"gate {what}: {value:g} is more than the scores of suite {suite.name} can differ; they are shares, and "
+            "0.05 is five points"
+        )
 
 
 def _refuse_unit(suite: AssetEntry, unit: str | None) -> None:

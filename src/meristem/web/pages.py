@@ -10,7 +10,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from meristem._version import __version__
-from meristem.store.packs import disk_failure
+from meristem.errors import BadInput
+from meristem.store.files import disk_failure, write_file_durably
 from meristem.web import charts, wording
 from meristem.web.report_data import short
 
@@ -41,10 +42,15 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def write_text(text: str, path: Path) -> Path:
-    """Raises ``EnvironmentFailure`` when the file cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise disk_failure(error, path) from error
+    """A reader sees the old file or the whole new one. Raises ``BadInput`` when ``path`` is a folder and
+    ``EnvironmentFailure`` when the file cannot be written."""
+    if path.is_dir():
+        raise BadInput.at(path, None, "a folder; name a file in it")
+    if path.exists() and not path.is_file():  # a pipe or a device is written through
+        try:
+            path.write_text(text, encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise disk_failure(error, path) from error
+    else:
+        write_file_durably(path.resolve() if path.is_symlink() else path, text.encode())
     return path

@@ -141,7 +141,17 @@ BAD_ANSWERS = [
     ("json", '{"a": 1}', "must be a JSON object"),
     ("json", {}, "at least one field"),
     ("regex", ["a", "("], "the pattern '(' cannot be read: missing ) at position 1"),
+    ("regex", "(?u)a(?L)b", "the pattern '(?u)a(?L)b' cannot be read: ASCII, LOCALE and UNICODE flags"),
 ]
+
+
+@pytest.mark.parametrize("metric", ["contains", "exact_match"])
+@pytest.mark.parametrize(("answer", "rule"), [("The", "normalize"), ("?!", "ignore_punctuation")])
+def test_an_answer_of_which_nothing_is_left_is_refused(metric, answer, rule):
+    """It would stand in every text."""
+    with pytest.raises(Refused, match="nothing is left to compare"):
+        task_of("generate", rows_of(["fine", answer]), metric=metric, **{rule: True})
+    task_of("generate", rows_of(answer), metric=metric)
 
 
 @pytest.mark.parametrize(("metric", "answer", "message"), BAD_ANSWERS)

@@ -69,6 +69,13 @@ def both():
     return score
 
 
+@scorer(metrics=[mean()])
+def wordy():
+    async def score(state, target):
+        return Score(value="mostly right")
+    return score
+
+
 @scorer(metrics=[accuracy()])
 def asking():
     async def score(state, target):
@@ -107,6 +114,7 @@ def broken(what: str):
         "graded": dict(scorer=model_graded_qa()),
         "asking": dict(scorer=asking()),
         "scorer": dict(scorer=None),
+        "wordy": dict(scorer=wordy()),
         "dict": dict(scorer=both()),
         "epochs": dict(epochs=Epochs(2, "max")),
         "top_k": dict(config=GenerateConfig(top_k=3)),
@@ -276,6 +284,7 @@ def test_what_cannot_be_frozen_is_refused_with_one_line(package, tmp_path, name,
         ("broken", {"args": {"what": "top_k"}}, "item 'a': generation settings top_k are not supported"),
         ("broken", {"args": {"what": "dict"}}, "name one of its values: both/short, both/long"),
         ("broken", {"args": {"what": "dict"}, "metric": "both/long"}, "is 7, and a score is a share"),
+        ("broken", {"args": {"what": "wordy"}}, "is 'mostly right', and a score is a share"),
         ("broken", {"args": {"what": "solver"}}, "Inspect stopped .*it broke"),
     ],
 )

@@ -182,6 +182,18 @@ def test_unreadable_judgements_score_zero_and_are_told(engine, asked):
         results_of(engine, "generate", ROWS, **GENERATE, judge={**judge, "max_unreadable": 0.49})
 
 
+def test_a_judge_that_was_mended_is_asked_again(engine, asked, keeper, tmp_path):
+    """Unreadable replies are not kept: else the same command could never succeed."""
+    suite = Suite("s", (task_of("generate", ROWS, **GENERATE, judge={**asked, "concurrency": 1}),))
+    whole = evaluate(engine, suite)
+    empty = {"model": "m", "choices": [{"message": {"content": ""}}]}
+    keeper.answers = [(200, {}, b"{}"), *[(200, {}, json.dumps(empty).encode())] * 2]
+    with pytest.raises(Inconclusive), journal_at(tmp_path / "j") as journal:
+        evaluate(engine, suite, journal=journal)
+    with journal_at(tmp_path / "j") as journal:
+        assert evaluate(engine, suite, journal=journal) == whole
+
+
 def test_progress_covers_both_passes(engine, asked):
     calls = []
     suite = Suite("s", (task_of("generate", ROWS, **GENERATE, judge=asked),))
@@ -226,6 +238,8 @@ REFUSALS = [
     ({"url": "localhost:8000"}, "not an http"),
     ({"url": "http://me:secret@localhost/v1"}, "an address holds no key"),
     ({"url": "http://localhost/v1?key=secret"}, "an address holds no key"),
+    ({"url": "http://localhost:x/v1"}, "[Pp]ort"),
+    ({"url": "http://local host/v1"}, "not an http"),
     ({"prompt": "{question}"}, r"must show \{response\}"),
     ({"prompt": "{response} {other}"}, r"must show \{response\}"),
     ({"scale": [0.0, 1.0]}, "give one"),

@@ -181,6 +181,13 @@ def test_a_changed_data_file_makes_another_suite(tmp_path):
         ({"yaml": "../outside.yaml"}, "has no task file"),
         ({"yaml": "arc/arc_easy.yaml", "digest": "sha256:0"}, "another arc/arc_easy.yaml than was frozen"),
         ({"shots": []}, "an example that is not among the shots"),
+        ({"documents": ["1", "2", "3"]}, "'1' is no JSON object"),
+        ({"config": "{"}, "Expecting property name"),
+        ({"config": '{"task": "colours", "use_prompt": "promptsource:x"}'}, "promptsource"),
+        (
+            {"config": '{"task": "c", "metric_list": [{"metric": "acc", "hf_evaluate": true}]}'},
+            "which is code",
+        ),
     ],
 )
 def test_a_task_that_is_not_what_was_frozen_is_refused_before_anything_runs(tmp_path, change, told):
@@ -243,6 +250,10 @@ def test_documents_that_are_others_are_named():
         ({"doc_to_image": "image"}, {}, "only text"),
         ({"metric_list": [{"metric": "bleu", "hf_evaluate": True}]}, {}, "hub, which is code"),
         ({"metric_list": [{"metric": "no_such"}]}, {}, "none named 'no_such'"),
+        ({"metric_list": ["acc"]}, {}, "metric_list: not a list of mappings"),
+        ({"dataset_kwargs": "rows.jsonl"}, {}, "dataset_kwargs: not a mapping"),
+        ({"dataset_kwargs": {"data_files": 3}}, {}, "dataset_kwargs: 3 is no file"),
+        ({"include": 3}, {}, "include names no file"),
         ({"metric_list": [{"metric": "f1"}]}, {}, "f1 is no mean of its items.*: none"),
         ({}, {"metric": "brier"}, "no 'brier'; its metrics are acc, acc_norm"),
         ({}, {"filter": "strict"}, "no 'strict'; its filters are none"),

@@ -120,6 +120,11 @@ def test_a_pattern_that_explodes_is_stopped(monkeypatch):
     assert time.monotonic() - started < 5
 
 
+def test_a_pattern_without_end_is_told():
+    with pytest.raises(BadInput, match="recurs without end"):
+        search("(?R)", "x")
+
+
 def test_a_pattern_that_cannot_be_read_is_refused_with_its_position():
     with pytest.raises(Refused, match=r"the pattern 'a\(b' cannot be read: missing \) at position 3"):
         compiled("a(b")

@@ -12,6 +12,7 @@ from meristem.ecosystem.versions import VersionEntry
 from meristem.evaluation.calibration import calibration
 from meristem.evaluation.cost import cost
 from meristem.evaluation.results import ItemResult
+from meristem.evaluation.sample import RIGHT
 from meristem.evaluation.service import EvaluationEntry, load_suite_asset
 from meristem.evaluation.suites import Suite
 from meristem.store.canonical import parse
@@ -20,7 +21,6 @@ from meristem.store.schema import events
 from meristem.store.store import Store
 
 SCHEMA = "meristem/evaluation-export/v1"
-RIGHT = 0.5  # as in comparison: a share at or above counts as right
 
 
 @dataclass(frozen=True)

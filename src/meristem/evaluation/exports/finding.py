@@ -46,10 +46,13 @@ def finding(comparison: Comparison, new: str, old: str, margin: float | None = N
 
 
 def _places(comparison: Comparison) -> tuple[str, ...]:
-    """Tasks and slices that are flagged; the only task of a suite is the whole of it."""
-    tasks = comparison.tasks if len(comparison.tasks) > 1 else ()
-    flagged = [f"task {group.name}" for group in tasks if group.regressed]
-    return (*flagged, *(f"slice {group.name}" for group in comparison.slices if group.regressed))
+    """Tasks and slices that are flagged; one that holds every item is the whole, which the interval judges."""
+    return tuple(
+        f"{kind} {group.name}"
+        for kind, groups in (("task", comparison.tasks), ("slice", comparison.slices))
+        for group in groups
+        if group.regressed and group.n < comparison.n
+    )
 
 
 def _worse(comparison: Comparison) -> bool:
@@ -109,7 +112,8 @@ def _settle(comparison: Comparison, outcome: Outcome, verdict: Verdict | None) -
         if loss > 0:
             return ""
         size = f"{shown.difference(loss).lstrip('+−')} {shown.difference_unit}"
-        open_ = f"A loss of up to {size} cannot be ruled out on these {comparison.n:,} items."
+        sure = f"{comparison.confidence:.0%}, one-sided"
+        open_ = f"A loss of up to {size} ({sure}) cannot be ruled out on these {comparison.n:,} items."
     if asked is None or asked.outcome != "inconclusive":
         return open_
     if asked.needed is None:

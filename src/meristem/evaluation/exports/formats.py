@@ -33,6 +33,8 @@ def format_of(name: str | None, to: Path | None, allowed: Sequence[str], default
         return default
     found = next((key for key in allowed if to.suffix.lower() in ENDINGS[key]), None)
     if found is None:
+        if to.is_dir():
+            raise BadInput.at(to, None, "a folder; name a file in it")
         known = ", ".join(ending for key in allowed for ending in ENDINGS[key])
         raise BadInput(f"{to}: the ending names no format; use one of {known}")
     return found

@@ -41,7 +41,14 @@ def evaluation_markdown(found: Measured) -> str:
         _table(
             ("task", "id", "slice", "score", "prediction", "answer"),
             [
-                (r["task"], r["id"], r["slice"] or "", f"{r['score']:.4g}", r["prediction"], r["answer"])
+                (
+                    r["task"],
+                    r["id"],
+                    r["slice"] or "",
+                    f"{shown.sign * r['score']:.4g}",
+                    r["prediction"],
+                    r["answer"],
+                )
                 for r in found.results
             ],
         ),

@@ -131,6 +131,9 @@ class Generate(TaskType):
                 raise Refused(f'"answer" {answer!r} is not one number')
             elif self.metric == "json" and not matching.json_object(answer):
                 raise Refused(f'"answer" {answer!r} is not a JSON object')
+            elif self.metric in ("exact_match", "contains") and answer and not self._rules.plain(answer):
+                # it would stand in every text
+                raise Refused(f'of "answer" {answer!r} nothing is left to compare; change it or the settings')
 
     def shown(self, item: Item) -> str:
         if self.metric == "regex" or not item.answer:
@@ -202,10 +205,13 @@ class Generate(TaskType):
         if self.metric == "numeric":
             found = matching.numbers(compared)
             note["read"] = str(found[-1]) if found else None
-        rules = matching.TextRules(self.ignore_case, self.ignore_punctuation, self.normalize, self.tolerance)
         metric = matching.METRICS[self.metric]
         answers = (item.answer, *item.references)
-        return Sample(text, max(metric(compared, answer, rules) for answer in answers), note)
+        return Sample(text, max(metric(compared, answer, self._rules) for answer in answers), note)
+
+    @property
+    def _rules(self) -> matching.TextRules:
+        return matching.TextRules(self.ignore_case, self.ignore_punctuation, self.normalize, self.tolerance)
 
     def _judged(
         self, task: Task, made: Sequence[Sequence[Generated]], run: Run, passes: int

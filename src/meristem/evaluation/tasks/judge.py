@@ -60,7 +60,10 @@ class JudgeSettings(BaseModel):
     @classmethod
     def _url(cls, value: str) -> str:
         parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        readable = (
+            value.isprintable() and " " not in value and parts.port != 0
+        )  # ``port`` refuses what is none
+        if parts.scheme not in ("http", "https") or not parts.hostname or not readable:
             raise Refused("not an http(s) address such as http://localhost:8000/v1")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise Refused("an address holds no key; put it into a variable and name that in api_key_env")
@@ -72,6 +75,14 @@ class JudgeSettings(BaseModel):
         found = set(template_fields(value))
         if found - FIELDS or "response" not in found:
             raise Refused("it must show {response}, and may show {question} and {answer}; nothing else")
+        return value
+
+    @field_validator("options")
+    @classmethod
+    def _options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        own = sorted(value.keys() & {"model", "messages", "stream", "n"})
+        if own:
+            raise Refused(f"{own[0]} is not for options: it would change what is asked, and of whom")
         return value
 
     @model_validator(mode="after")
@@ -141,7 +152,8 @@ def ask_judge(
     journal: Journal | None = None,
     progress: Progress | None = None,
 ) -> list[Judgement]:
-    """The judgement of each (item, text). Finished batches are kept in ``journal`` and not asked for again.
+    """The judgement of each (item, text). Finished batches are kept in ``journal`` and not asked for again, unless a
+    reply in them was unreadable.
 
     Raises ``EnvironmentFailure`` when the endpoint gives no usable answer, ``Inconclusive`` for too many unreadable.
     """
@@ -156,10 +168,25 @@ def ask_judge(
         def compute(batch: tuple[int, ...]) -> list[list[str | None]]:
             return [list(reply) for reply in client.ask([prompts[at] for at in batch])]
 
-        replies = run_batches(plan, compute, journal, progress)
+        replies = run_batches(plan, compute, journal and _Readable(journal, settings), progress)
     judged = [_judgement(settings, *reply) for reply in replies]
     _refuse_noise(settings, asked, judged)
     return judged
+
+
+class _Readable(NamedTuple):
+    """A journal that forgets batches with an unreadable reply: a judge that was mended is asked again."""
+
+    journal: Journal
+    settings: JudgeSettings
+
+    def get(self, batch: int) -> list[Any] | None:
+        found = self.journal.get(batch)
+        unreadable = any(self.settings.read(text or "") is None for text, *_ in found or ())
+        return None if unreadable else found
+
+    def put(self, batch: int, values: list[Any]) -> None:
+        self.journal.put(batch, values)
 
 
 def judge_prompt(settings: JudgeSettings, item: Item, response: str) -> str:

@@ -126,7 +126,9 @@ class JudgeClient:
                 pause = min(2 * pause, LONGEST_PAUSE)
             try:
                 answer = self._http.request(method, f"{self.settings.url}{path}", json=body)
-            except httpx.TransportError as error:
+            except httpx.InvalidURL as error:
+                raise BadInput(f"{self._who}: {error}; mend its url") from error
+            except httpx.RequestError as error:
                 why = self._hidden(str(error) or type(error).__name__)
                 continue
             if answer.status_code in again:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from meristem.engine.load import Engine
-from meristem.engine.prompts import encode_options, fit
+from meristem.engine.prompts import encode_options, fit, render
 from meristem.engine.score import OptionScore, score_options
 from meristem.evaluation.items import Item
 from meristem.evaluation.suites import Task
 from meristem.evaluation.tasks.base import Run, for_each
+from meristem.evaluation.tasks.perplexity import first_condition
 
 Tokens = list[int]
 
@@ -28,26 +29,20 @@ class ItemScores:
 
 
 def option_scores(engine: Engine, task: Task, run: Run) -> list[ItemScores]:
-    """One entry per item of ``task``; an item whose options reach into its prompt's last token has several contexts."""
+    """One entry per item of ``task``."""
     encoded = for_each(task.items, lambda item: _encoded(engine, task, item))
-    asked = [(at, group) for at, (groups, _) in enumerate(encoded) for group in groups]
     scored = score_options(
         engine,
-        [group.context for _, group in asked],
-        [group.options for _, group in asked],
-        names=[f"item {task.items[at].id!r}" for at, _ in asked],
+        [context for context, _, _ in encoded],
+        [options for _, options, _ in encoded],
+        names=[f"item {item.id!r}" for item in task.items],
         journal=run.journal("options"),
         progress=run.progress,
     )
-    scores: list[dict[int, OptionScore]] = [{} for _ in task.items]
-    tokens = [0] * len(task.items)
-    for (at, group), row in zip(asked, scored, strict=True):
-        scores[at].update(zip(group.members, row, strict=True))
-        # the last token of an option is predicted, never fed
-        tokens[at] += len(group.context) + sum(len(option) - 1 for option in group.options)
     return [
-        ItemScores([scores[at][k] for k in range(len(item.options))], tokens[at], encoded[at][1])
-        for at, item in enumerate(task.items)
+        # the last token of an option is predicted, never fed
+        ItemScores(scores, len(context) + sum(len(option) - 1 for option in options), cut)
+        for scores, (context, options, cut) in zip(scored, encoded, strict=True)
     ]
 
 
@@ -65,7 +60,7 @@ def unconditional_scores(engine: Engine, task: Task, run: Run) -> list[list[floa
     contexts, options = [], []
     for empty, option in wanted:
         messages = [{"role": role, "content": content} for role, content in empty]
-        [context], [continuation] = encode_options(engine, messages, [option], task.format)
+        context, continuation = _encoded_alone(engine, messages, option, task)
         contexts.append(context)
         options.append([continuation])
     scored = score_options(engine, contexts, options, journal=run.journal("unconditional"))
@@ -76,23 +71,22 @@ def unconditional_scores(engine: Engine, task: Task, run: Run) -> list[list[floa
     ]
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Options that continue the same context; ``members`` are their places among the item's options."""
+def _encoded_alone(
+    engine: Engine, messages: list[dict[str, str]], option: str, task: Task
+) -> tuple[Tokens, Tokens]:
+    """As ``encode_options``; text without a word and a tokenizer that begins with no token: after its first condition."""
+    prompt = render(engine, messages, task.format)
+    if prompt.strip() or engine.tokenizer("")["input_ids"]:
+        context, [continuation] = encode_options(engine, messages, [option], task.format)
+        return context, continuation
+    return [first_condition(engine)], engine.tokenizer(f" {option}", add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
 
-    context: Tokens
-    options: list[Tokens]
-    members: list[int]
 
-
-def _encoded(engine: Engine, task: Task, item: Item) -> tuple[list[_Group], int]:
-    """The groups of an item, and how many of its prompt's tokens were cut."""
-    contexts, options = encode_options(engine, task.chat(item), item.options, task.format)
+def _encoded(engine: Engine, task: Task, item: Item) -> tuple[Tokens, list[Tokens], int]:
+    """Context, options, and how many of the context's tokens were cut."""
+    context, options = encode_options(engine, task.chat(item), item.options, task.format)
     room = engine.max_length and engine.max_length - max(map(len, options)) + 1
-    fitted = [fit(context, room, task.truncation) for context in contexts]
-    groups: dict[tuple[int, ...], _Group] = {}
-    for k, (context, _) in enumerate(fitted):
-        group = groups.setdefault(tuple(context), _Group(context, [], []))
-        group.options.append(options[k])
-        group.members.append(k)
-    return list(groups.values()), max(cut for _, cut in fitted)
+    context, cut = fit(context, room, task.truncation)
+    return context, options, cut

@@ -76,6 +76,8 @@ def compiled(pattern: str, ignore_case: bool = False) -> Any:
     except regex.error as error:
         place = "" if error.pos is None else f" at position {error.pos}"
         raise Refused(f"the pattern {pattern!r} cannot be read: {error.msg}{place}") from None
+    except (ValueError, RecursionError) as error:  # flags that exclude each other, thousands of brackets
+        raise Refused(f"the pattern {pattern[:80]!r} cannot be read: {error}") from None
 
 
 def search(pattern: str, text: str, ignore_case: bool = False) -> Any:
@@ -87,6 +89,8 @@ def search(pattern: str, text: str, ignore_case: bool = False) -> Any:
             f"the pattern {pattern!r} took more than {PATTERN_SECONDS:g} s on a text of {len(text)} characters; "
             "write it without nested repetition"
         ) from None
+    except MemoryError:
+        raise BadInput(f"the pattern {pattern!r} recurs without end; write it without (?R)") from None
 
 
 def extracted(pattern: str, text: str) -> str | None:

@@ -76,7 +76,7 @@ class Perplexity(TaskType):
     def _windows(self, engine: Engine, item: Item) -> list[Window]:
         from meristem.engine.windows import rolling_windows
 
-        tokens = engine.tokenizer(item.text, add_special_tokens=False)["input_ids"]
+        tokens = engine.tokenizer(item.text, add_special_tokens=False, verbose=False)["input_ids"]
         if not tokens:
             raise BadInput("the text has no tokens; remove it")
         longest = min(engine.max_length or len(tokens), self.window or len(tokens), len(tokens))

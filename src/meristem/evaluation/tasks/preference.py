@@ -111,7 +111,10 @@ def reply_tokens(engine: Engine, task: Task, item: Item) -> tuple[Tokens, list[T
         turns = [f"{prompt}{space}{option}{end}" for option in item.options]
     prompt_ids = encode_prompt(engine, messages, task.format)
     wholes = [
-        [int(token) for token in engine.tokenizer(turn, add_special_tokens=not chat)["input_ids"]]
+        [
+            int(token)
+            for token in engine.tokenizer(turn, add_special_tokens=not chat, verbose=False)["input_ids"]
+        ]
         for turn in turns
     ]
     start = min(_common(prompt_ids, whole) for whole in wholes)

@@ -28,6 +28,8 @@ from meristem.evaluation.tasks.harness.shared import first_line
 
 TRACES = "INSPECT_TRACE_FILE"
 PLAIN = (str, int, float, bool)
+GRADES = ("C", "P", "I", "N")
+TRUTHS = ("yes", "true", "no", "false")
 
 
 def run(engine: Engine, task: Task, settings: InspectTask, built: Any, run: Run) -> list[ItemResult]:
@@ -134,12 +136,22 @@ def _value(metric: str, item: Item, sample: Any) -> float:
         raise BadInput(
             f"item {item.id!r}: the score of {metric!r} is {value!r}, and one number is needed{keys}"
         )
-    number = float(value_to_float()(value))
+    # Inspect counts words that it does not know as 0
+    number = float(value_to_float()(value)) if _is_known(value) else math.nan
     if not 0 <= number <= 1:
         raise BadInput(
             f"item {item.id!r}: the score of {metric!r} is {value!r}, and a score is a share from 0 to 1"
         )
     return number
+
+
+def _is_known(value: Any) -> bool:
+    if not isinstance(value, str) or value in GRADES or value.lower() in TRUTHS:
+        return True
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _said(metric: str, sample: Any) -> str:

@@ -28,7 +28,7 @@ from meristem._quiet import quiet_libraries
 from meristem.data.jsonl import Refused
 from meristem.errors import BadInput
 from meristem.evaluation.items import Item, Message
-from meristem.evaluation.tasks.harness.lm_eval_source import Source, built_in, with_data_paths
+from meristem.evaluation.tasks.harness.lm_eval_source import Source, built_in, checked, with_data_paths
 from meristem.evaluation.tasks.harness.lm_eval_task import Frozen
 from meristem.evaluation.tasks.harness.shared import digest, first_line, same_documents
 
@@ -90,9 +90,10 @@ def freeze(source: Source, task: Any, version: str, limit: int | None) -> Frozen
     """The documents of ``task`` and the few-shot examples that lm-eval draws for them."""
     documents = [document for _, document in task.doc_iterator(limit=limit)]
     drawn = _draws(task, documents)
-    pool = list(dict.fromkeys(_text(shot) for shots in drawn for shot in shots))
+    named = [[_text(shot) for shot in shots] for shots in drawn]
+    places = {text: at for at, text in enumerate(dict.fromkeys(text for shots in named for text in shots))}
     texts = [_text(document) for document in documents]
-    if set(pool) & set(texts):
+    if places.keys() & set(texts):
         raise Refused("few-shot examples would be test documents; give it a fewshot_split, or num_fewshot: 0")
     local = source.yaml is None
     return Frozen(
@@ -102,8 +103,8 @@ def freeze(source: Source, task: Any, version: str, limit: int | None) -> Frozen
         config=json.dumps(_without_data(source.config), ensure_ascii=False) if local else None,
         digest=source.digest,
         documents=texts,
-        shots=pool,
-        drawn=[[pool.index(_text(shot)) for shot in shots] for shots in drawn] if pool else [],
+        shots=list(places),
+        drawn=[[places[text] for text in shots] for shots in named] if places else [],
     )
 
 
@@ -117,7 +118,7 @@ def rebuild(frozen: Frozen, num_fewshot: int | None) -> Any:
             )
         config = _without_data(source.config)
     else:
-        config = json.loads(frozen.config or "{}")
+        config = checked(json.loads(frozen.config or "{}"))
     documents = [json.loads(text) for text in frozen.documents]
     shots = [json.loads(text) for text in frozen.shots]
     config |= {

@@ -69,7 +69,7 @@ def built_in(path: str) -> Source:
     if relative.is_absolute() or ".." in relative.parts or relative.suffix != ".yaml" or not file.is_file():
         raise BadInput(f"the installed lm-eval has no task file {path!r}; add the suite again")
     try:
-        return Source(_checked(load_yaml(file, resolve_func=True)), path)
+        return Source(checked(load_yaml(file, resolve_func=True)), path)
     except Refused as error:
         raise BadInput(str(error)) from None
     except Exception as error:  # a built-in task's module may need anything
@@ -98,8 +98,9 @@ def _names(file: Path, name: str) -> bool:
 
 def _local(file: Path, folder: Path) -> Source:
     if not file.is_file():
-        raise Refused(f"no task file {file.name!r}; paths are relative to the suite")
-    return Source(_checked(_read(file, ())), None, (file.parent, folder))
+        shown = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.name
+        raise Refused(f"no task file {shown!r}; paths are relative to the suite")
+    return Source(checked(_read(file, ())), None, (file.parent, folder))
 
 
 def _read(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -122,13 +123,15 @@ def _read(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     includes = found.pop("include", [])
     merged: dict[str, Any] = {}
     for name in includes if isinstance(includes, list) else [includes]:
+        if not isinstance(name, str):
+            raise Refused(f"{file.name}: include names no file")
         inherited = _read(file.parent / name, (*seen, file))
         inherited.pop("task_list", None)
         merged.update(inherited)
     return {**merged, **found}
 
 
-def _checked(config: dict[str, Any]) -> dict[str, Any]:
+def checked(config: dict[str, Any]) -> dict[str, Any]:
     """``Refused`` for kinds of task that cannot be frozen, or that would fetch or run other people's code."""
     if "class" in config:
         raise Refused("it is a Python class; only tasks that are a YAML file can be frozen")
@@ -144,7 +147,12 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
         raise Refused("it has images or audio; only text is supported")
     if config.get("use_prompt"):
         raise Refused("it takes its prompts from promptsource; write them into the task")
-    if any(metric.get("hf_evaluate") for metric in config.get("metric_list") or ()):
+    if not isinstance(config.get("dataset_kwargs") or {}, dict):
+        raise Refused("dataset_kwargs: not a mapping; write data_files: {test: FILE}")
+    metrics = config.get("metric_list") or []
+    if not isinstance(metrics, list) or not all(isinstance(metric, dict) for metric in metrics):
+        raise Refused("metric_list: not a list of mappings; write - metric: NAME")
+    if any(metric.get("hf_evaluate") for metric in metrics):
         raise Refused("it takes a metric from the Hugging Face hub, which is code; use a metric of lm-eval")
     return config
 
@@ -154,6 +162,8 @@ def _resolved(value: Any, folders: tuple[Path, ...]) -> Any:
         return {key: _resolved(inner, folders) for key, inner in value.items()}
     if isinstance(value, list):
         return [_resolved(inner, folders) for inner in value]
+    if not isinstance(value, str):
+        raise Refused(f"dataset_kwargs: {value!r} is no file")
     return next((str((f / value).resolve()) for f in folders if (f / value).exists()), value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -51,6 +52,9 @@ class Frozen(BaseModel):
             raise ValueError("drawn: not one entry per document")
         if any(not 0 <= at < len(self.shots) for places in self.drawn for at in places):
             raise ValueError("drawn: an example that is not among the shots")
+        for text in (*self.documents, *self.shots, self.config or "{}"):
+            if not isinstance(json.loads(text), dict):
+                raise ValueError(f"{text[:40]!r} is no JSON object")
         return self
 
 
