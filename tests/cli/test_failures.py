@@ -35,7 +35,7 @@ def intact(folder):
 
 
 MOMENTS = {
-    "loading": Moment("meristem.training.cit:load_for_training"),
+    "loading": Moment("meristem.training.adapters:load_for_training"),
     "the first step": Moment(STEP_END, nth=1),
     "in the middle": Moment(STEP_END, nth=17),
     "the last step": Moment(STEP_END, nth=30),
