@@ -17,6 +17,7 @@ import pwd
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sysconfig
@@ -33,7 +34,7 @@ import pytest
 USER = "meristem"
 BUCKET = "tests"
 START_SECONDS = 30
-STOP_SECONDS = 20
+STOP_SECONDS = 60
 S3_ADDRESS = re.compile(r"Starting s3 server on \[(http://127\.0\.0\.1:\d+)/\]")
 # The shell ends the server, and removes its folder ($0), when it reads a line or when its standard input closes.
 # The latter also happens when the tests are killed: nothing is left then.
@@ -221,7 +222,14 @@ def _running(
         yield lambda: log.read_text(errors="replace")
     finally:
         with suppress(BrokenPipeError):
-            watcher.communicate(b"\n", timeout=STOP_SECONDS)
+            try:
+                watcher.communicate(b"\n", timeout=STOP_SECONDS)
+            except (
+                subprocess.TimeoutExpired
+            ):  # a busy disk makes its last checkpoint long; nothing of it is kept
+                os.killpg(watcher.pid, signal.SIGKILL)
+                watcher.wait()
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait_until(ready: Callable[[], bool], log: Callable[[], str]) -> None:
