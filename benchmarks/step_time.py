@@ -30,6 +30,7 @@ from meristem.demo.story import DATA, TASKS
 from meristem.ecosystem.sources import open_source
 from meristem.engine.load import load_for_training
 from meristem.training import cit
+from meristem.training.adapters import lora_config
 
 VARIANTS: dict[str, list[MethodConfig] | None] = {
     "TRL SFTTrainer alone": None,
@@ -111,7 +112,7 @@ def plain(recipe: Recipe, folder: Path, rows: list[dict[str, Any]], output: Path
     set_seed(recipe.seed)
     model, tokenizer = load_for_training(folder, None, recipe.dtype)
     trainer = SFTTrainer(
-        model=get_peft_model(model, cit.lora_config(recipe.lora, model)),
+        model=get_peft_model(model, lora_config(recipe.lora, model)),
         args=cit.training_arguments(recipe, output),
         train_dataset=Dataset.from_list([cit.as_prompt_completion(row) for row in rows]),
         processing_class=tokenizer,

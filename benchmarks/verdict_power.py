@@ -1,6 +1,6 @@
 """How often each verdict is given: simulated comparisons against exact sums, and coverage under clusters.
 
-python benchmarks/verdict_power.py --out benchmarks/results/verdict-power.json     (1 to 2 minutes, 1 thread)
+python -m benchmarks.verdict_power --out benchmarks/results/verdict-power.json     (1 to 2 minutes, 1 thread)
 
 Every simulated comparison is judged by the verdict that a gate asks. Binary results enter through their counts
 alone, so equal counts are judged once.
@@ -11,53 +11,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tests.evaluation.paired import quick_counts, results
 
-from meristem.evaluation.comparison import Comparison, compare
+from meristem.evaluation.comparison import compare
 from meristem.evaluation.intervals import bootstrap_interval, tango_interval
 from meristem.evaluation.power import Question, binary_chances, chances
-from meristem.evaluation.sample import Block, Sample
+from meristem.evaluation.sample import Sample
 from meristem.evaluation.significance import mcnemar_p
 from meristem.evaluation.verdicts import Verdict, improvement, negative_flips, non_inferiority
 
 MARGIN = 0.02
 KINDS = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))  # flipped, gained, the same
-
-
-def rows(scores: Any, clusters: Any = None, unit: str | None = None) -> list[Any]:
-    more = {} if unit is None else {"unit": unit}
-    found = [
-        {"task": "t", "id": str(i), "slice": None, "score": float(score), "prediction": "", "answer": ""}
-        | {"detail": {}}
-        | more
-        for i, score in enumerate(scores)
-    ]
-    return found if clusters is None else [{**r, "cluster": c} for r, c in zip(found, clusters, strict=True)]
-
-
-def counted(flipped: int, gained: int, n: int) -> Comparison:
-    """What `compare` gives for such rows, as far as verdicts look; tests/evaluation/test_verdicts.py checks it."""
-    blocks = [Block(-1.0, 1, 1, 0, 1.0)] * flipped + [Block(0.0)] * (n - flipped - gained)
-    blocks += [Block(1.0, 1, 0, 1, 1.0)] * gained
-    mean = (gained - flipped) / n
-    return replace(
-        TEMPLATE,
-        n=n,
-        old_score=(n - gained) / n,
-        new_score=(n - flipped) / n,
-        difference=mean,
-        flipped=("",) * flipped,
-        gained=("",) * gained,
-        sample=Sample(tuple(blocks), (gained + flipped) / n - mean**2, True, True),
-    )
-
-
-TEMPLATE = compare(old=rows([1]), new=rows([1]))
 
 
 @cache
@@ -67,7 +36,7 @@ def judged(flipped: int, gained: int, n: int, gate: str, number: float) -> Verdi
         "improvement": improvement,
         "negative_flips": negative_flips,
     }
-    return gates[gate](counted(flipped, gained, n), number)
+    return gates[gate](quick_counts(flipped, gained, n), number)
 
 
 def drawn(rng: Any, n: int, b: float, c: float, times: int) -> list[tuple[int, int]]:
@@ -169,13 +138,13 @@ def asked_graded(times: int) -> list[dict[str, Any]]:
         rng = np.random.default_rng(seed)
         old = rng.beta(4, 2, n)
         new = np.clip(old - loss + rng.normal(0, spread, n), 0, 1)
-        verdict = non_inferiority(compare(old=rows(old), new=rows(new)), MARGIN)
+        verdict = non_inferiority(compare(old=results(old), new=results(new)), MARGIN)
         if verdict.needed is None:
             continue
         settled = 0
         for _ in range(times):
             took = rng.integers(0, n, verdict.needed)
-            again = compare(old=rows(old[took]), new=rows(new[took]))
+            again = compare(old=results(old[took]), new=results(new[took]))
             settled += non_inferiority(again, MARGIN).outcome != "inconclusive"
         found.append({"n": n, "needed": verdict.needed, "settled": settled / times})
     return found
@@ -264,7 +233,11 @@ def asked_clustered(times: int) -> dict[str, Any]:
         if (first.flipped, first.gained) == (9, 9) and 2.2 < first.design_effect < 3.2:
             break  # a sample that shows the truth, for the promise is about "what was observed"
     verdict = non_inferiority(
-        compare(old=rows([p[0] for p in pairs], sources), new=rows([p[1] for p in pairs], sources)), MARGIN
+        compare(
+            old=results([p[0] for p in pairs], clusters=sources),
+            new=results([p[1] for p in pairs], clusters=sources),
+        ),
+        MARGIN,
     )
     assert verdict.needed is not None
     settled = 0

@@ -1,22 +1,17 @@
-"""The model that a stage trains, and the part of a trainer's arguments that every stage shares."""
+"""The model that every stage trains: a PEFT LoRA, fresh or continued."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import Linear
 from transformers import set_seed
 
 from meristem.config import Lora, Recipe
 from meristem.engine.load import load_for_training
-from meristem.errors import BadInput
-
-Row = Mapping[str, Any]
 
 
 def trainable_model(recipe: Recipe, folder: Path, base_folder: Path | None) -> tuple[Any, Any]:
@@ -53,46 +48,3 @@ def linear_names(model: Any) -> list[str]:
     """Last name parts of the linear layers inside the transformer blocks, e.g. ``q_proj``."""
     backbone = model.get_decoder()
     return sorted({n.rpartition(".")[2] for n, m in backbone.named_modules() if isinstance(m, Linear)})
-
-
-def common_arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
-    """What Hugging Face's ``TrainingArguments`` say in every stage."""
-    return {
-        "output_dir": str(output),
-        "per_device_train_batch_size": recipe.batch_size,
-        "gradient_accumulation_steps": recipe.gradient_accumulation,
-        "num_train_epochs": recipe.epochs,
-        "max_steps": recipe.max_steps or -1,
-        "learning_rate": recipe.learning_rate,
-        "lr_scheduler_type": recipe.schedule,
-        "warmup_steps": recipe.warmup_share,
-        "weight_decay": recipe.weight_decay,
-        "max_grad_norm": recipe.max_grad_norm,
-        "bf16": recipe.dtype == "bfloat16",
-        "gradient_checkpointing": False,
-        "use_cpu": recipe.device == "cpu",
-        "seed": recipe.seed,
-        "save_strategy": "steps",
-        "save_steps": recipe.checkpoint_steps,
-        "save_total_limit": 2,
-        "logging_steps": 1,
-        "report_to": [],
-        "disable_tqdm": True,
-    }
-
-
-def task_name(rows: Sequence[Row]) -> str:
-    """The task of an update; several tasks at once are learned as one, named after all of them."""
-    return "+".join(dict.fromkeys(row["task"] for row in rows))
-
-
-def refuse_long_rows(tokenized: Dataset, lengths: Sequence[int], limit: int) -> None:
-    """``BadInput`` for rows of more than ``limit`` tokens: a trainer would cut their answers without a word."""
-    long = {name: size for name, size in zip(tokenized["id"], lengths, strict=True) if size > limit}
-    if long:
-        named = ", ".join(f"{name} ({length} tokens)" for name, length in list(long.items())[:3])
-        raise BadInput(
-            f"{len(long)} rows are longer than max_length {limit}, which would cut their answers: {named}"
-            f"{', ...' if len(long) > 3 else ''}; raise max_length in the recipe to {max(long.values())}, or "
-            "shorten them"
-        )

@@ -11,58 +11,27 @@ Source: Rafailov et al. 2023 (arXiv 2305.18290). beta 0.1, TRL's default.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from meristem.config import Recipe
 from meristem.errors import BadInput, Clash
-from meristem.methods.base import MethodState
-from meristem.methods.registry import build
-from meristem.training.adapters import common_arguments, refuse_long_rows, task_name, trainable_model
-from meristem.training.continual import continual
+from meristem.training.stages import Job, Row, common_arguments, refuse_long_rows, stage_trainer
 
 REFERENCE = "ref"
 
-Row = dict[str, Any]
 
-
-def build_trainer(
-    recipe: Recipe,
-    *,
-    folder: Path,
-    base_folder: Path | None,
-    rows: Sequence[Row],
-    history: Mapping[str, Sequence[Row]],
-    method_state: Mapping[str, MethodState] | None,
-    output: Path,
-    callbacks: list[TrainerCallback],
-    progress: Callable[[str, int], Callable[[int], None]] | None = None,
-) -> Any:
+def build_trainer(recipe: Recipe, **job: Unpack[Job]) -> Any:
     """As ``cit.build_trainer``, for rows with ``prompt``, ``chosen`` and ``rejected``."""
-    methods = [build(m.name, m.arguments) for m in recipe.methods]
-    model, tokenizer = trainable_model(recipe, folder, base_folder)
-    trainer = continual(DPOTrainer, methods=methods, stage="ca")(
-        model=model,
-        args=DPOConfig(**common_arguments(recipe, output), max_length=None),
-        train_dataset=Dataset.from_list([as_preference(row) for row in rows]),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-        task=task_name(rows),
-        history={task: [as_preference(row) for row in old] for task, old in history.items()},
-        method_state=dict(method_state or {}),
-        progress=progress,
-    )
+    arguments = DPOConfig(**common_arguments(recipe, job["output"]), max_length=None)
+    trainer = stage_trainer("ca", DPOTrainer, arguments, as_preference, recipe, job)
     if REFERENCE not in trainer.model.peft_config:
         raise Clash(
             "this TRL made no reference adapter, so the reference would be the bare base: use TRL 1.16"
         )
     refuse_long_rows(trainer.train_dataset, _lengths(trainer.train_dataset), recipe.max_length)
-    trainer.remove_callback(PrinterCallback)
     return trainer
 
 

@@ -2,70 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from meristem.config import Recipe
 from meristem.errors import BadInput
-from meristem.methods.base import MethodState
-from meristem.methods.registry import build
-from meristem.training.adapters import (
-    common_arguments,
-    lora_config,
-    refuse_long_rows,
-    task_name,
-    trainable_model,
-)
-from meristem.training.continual import continual
-
-__all__ = ["as_prompt_completion", "build_trainer", "lora_config", "training_arguments"]
-
-Row = dict[str, Any]
+from meristem.training.stages import Job, Row, common_arguments, refuse_long_rows, stage_trainer
 
 
-def build_trainer(
-    recipe: Recipe,
-    *,
-    folder: Path,
-    base_folder: Path | None,
-    rows: Sequence[Row],
-    history: Mapping[str, Sequence[Row]],
-    method_state: Mapping[str, MethodState] | None,
-    output: Path,
-    callbacks: list[TrainerCallback],
-    progress: Callable[[str, int], Callable[[int], None]] | None = None,
-) -> Any:
+def build_trainer(recipe: Recipe, **job: Unpack[Job]) -> Any:
     """A trainer that continues the version in ``folder``: its adapter if it has one, else a fresh LoRA.
 
-    ``rows`` are normalised rows with ``task`` and ``id``; ``history`` those of earlier tasks of the lineage.
     ``recipe.lora`` shapes a fresh LoRA only (``training.recipes`` settles it for one that is continued). Raises
     ``BadInput`` for rows, replayed ones included, that are longer than ``recipe.max_length``.
     """
-    methods = [build(m.name, m.arguments) for m in recipe.methods]
-    model, tokenizer = trainable_model(recipe, folder, base_folder)
-    examples = [as_prompt_completion(row) for row in rows]
-    arguments = training_arguments(recipe, output)
+    arguments = training_arguments(recipe, job["output"])
     arguments.max_length = None  # TRL would cut the answer off, and drop what is left without one
-    trainer = continual(SFTTrainer, methods=methods, stage="cit")(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list(examples),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-        task=task_name(rows),
-        history={task: [as_prompt_completion(row) for row in old] for task, old in history.items()},
-        method_state=dict(method_state or {}),
-        progress=progress,
-    )
+    trainer = stage_trainer("cit", SFTTrainer, arguments, as_prompt_completion, recipe, job)
     trainer.args.max_length = recipe.max_length
     found = trainer.train_dataset
     refuse_long_rows(found, [len(tokens) for tokens in found["input_ids"]], recipe.max_length)
-    trainer.remove_callback(PrinterCallback)  # our own progress replaces a line of JSON per step
     return trainer
 
 

@@ -7,62 +7,30 @@ of text between them (TRL's ``wrapped`` strategy); a row's id and task are lost 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from meristem.config import Recipe
 from meristem.errors import BadInput
-from meristem.methods.base import MethodState
-from meristem.methods.registry import build
-from meristem.training.adapters import common_arguments, task_name, trainable_model
-from meristem.training.continual import continual
-
-Row = dict[str, Any]
+from meristem.training.stages import Job, Row, common_arguments, stage_trainer
 
 
-def build_trainer(
-    recipe: Recipe,
-    *,
-    folder: Path,
-    base_folder: Path | None,
-    rows: Sequence[Row],
-    history: Mapping[str, Sequence[Row]],
-    method_state: Mapping[str, MethodState] | None,
-    output: Path,
-    callbacks: list[TrainerCallback],
-    progress: Callable[[str, int], Callable[[int], None]] | None = None,
-) -> Any:
+def build_trainer(recipe: Recipe, **job: Unpack[Job]) -> Any:
     """As ``cit.build_trainer``, for rows with ``text``. ``Clash`` for a method that needs what packing drops."""
-    methods = [build(m.name, m.arguments) for m in recipe.methods]
-    model, tokenizer = trainable_model(recipe, folder, base_folder)
     arguments = SFTConfig(
-        **common_arguments(recipe, output),
+        **common_arguments(recipe, job["output"]),
         max_length=recipe.max_length,
         packing=recipe.packing,
         packing_strategy="wrapped",
     )
     if not recipe.packing:
         arguments.max_length = None  # so that TRL cuts nothing off
-    trainer = continual(SFTTrainer, methods=methods, stage="cpt")(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list([_as_text(row) for row in rows]),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-        task=task_name(rows),
-        history={task: [_as_text(row) for row in old] for task, old in history.items()},
-        method_state=dict(method_state or {}),
-        progress=progress,
-    )
+    trainer = stage_trainer("cpt", SFTTrainer, arguments, _as_text, recipe, job)
     trainer.args.max_length = recipe.max_length
     if not recipe.packing:
         trainer.train_dataset = windows(trainer.train_dataset, recipe.max_length)
-    trainer.remove_callback(PrinterCallback)
     return trainer
 
 
