@@ -19,6 +19,11 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def all_texts(data, split):
+    task = TINY.task("red")
+    return [row["text"] for row in sources.read_split(task, data / task.folder, split, TINY.shape)]
+
+
 def prepared(data, folder, protocol=TINY, **sizes):
     chosen = Sizes(**{"train": 8, "test": 6, "words": None, **sizes})
     return material.prepare(protocol, sources.sources_of(protocol, data, {}), chosen, folder)
@@ -131,3 +136,15 @@ def test_a_data_set_through_the_datasets_library(tmp_path, monkeypatch):
         sources.read_split(task, hub, "test", "text")
     with pytest.raises(EnvironmentFailure, match=r"task red: hf:.* cannot be loaded .*--task red=FOLDER"):
         sources.read_split(task, Hub(str(tmp_path / "none")), "test", "text")
+
+
+def test_development_items_come_from_the_training_rows_that_are_left_out(tiny_data, tmp_path):
+    def texts(folder):
+        tested = {item["text"] for item in lines(tmp_path / folder / "red.test.jsonl")}
+        return tested, {r["prompt"].split("\n\n")[1] for r in lines(tmp_path / folder / "red.train.jsonl")}
+
+    rows = {split: set(all_texts(tiny_data, split)) for split in ("train", "test")}
+    prepared(tiny_data, tmp_path / "dev", development=True)
+    tested, trained = texts("dev")
+    assert tested <= rows["train"] and trained <= rows["train"]
+    assert not tested & trained and not tested & rows["test"]

@@ -43,5 +43,5 @@ def test_orders_are_chosen_by_name():
     assert list(orders_of(found, ["all"])) == ["1", "2", "3"]
     with pytest.raises(BadInput, match="mixed-4 has no order '4'; it has 1, 2, 3, or say all"):
         orders_of(found, ["4"])
-    with pytest.raises(BadInput, match="there is no protocol 'mixed4'; known are mixed-4, "):
+    with pytest.raises(BadInput, match="there is no protocol 'mixed4'; known are mixed-2, mixed-4, "):
         protocol("mixed4")

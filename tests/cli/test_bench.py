@@ -67,6 +67,8 @@ def test_protocols_are_listed_and_an_unknown_one_is_refused(cli, tmp_path):
     told = json.loads(cli(None, "bench", "list", "--json").out)
     assert told["long-15"]["orders"]["6"][-1] == "wic" and told["ca"]["stage"] == "ca"
     done = cli(None, "bench", "run", "mixed-5", "--out", tmp_path)
-    assert done.code == 2 and "there is no protocol 'mixed-5'; known are mixed-4, mixed-8" in done.err
+    assert (
+        done.code == 2 and "there is no protocol 'mixed-5'; known are mixed-2, mixed-4, mixed-8" in done.err
+    )
     empty = cli(None, "bench", "report", tmp_path)
     assert empty.code == 2 and "no results here" in empty.err

@@ -90,6 +90,7 @@ class Conditions:
     words: int | None
     engine: dict[str, Any]
     code: dict[str, str]
+    development: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.protocol}-{self.order}-{self.method.slug}-seed{self.seed}"
+        split = "-dev" if "split" in self.settings else ""
+        return f"{self.protocol}{split}-{self.order}-{self.method.slug}-seed{self.seed}"
 
     @property
     def digest(self) -> str:
@@ -164,4 +166,8 @@ def _run(
         "engine": conditions.engine,
         "code": conditions.code,
     }
+    if (
+        conditions.development
+    ):  # results on test items keep the digest that they had before there was a choice
+        settings["split"] = "development"
     return Run(protocol.name, order, tasks, method, seed, recipe, settings)

@@ -33,11 +33,15 @@ from meristem.store.store import Store
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows and items per task, and words per text (None: whole texts)."""
+    """Rows and items per task, and words per text (None: whole texts).
+
+    ``development``: the items are drawn from the training rows, so that settings can be chosen without the test.
+    """
 
     train: int
     test: int
     words: int | None
+    development: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ def _prepare(protocol: Protocol, task: Task, source: Path | Hub, sizes: Sizes, f
         split: [made for row in found if _usable(made := _cut(row, sizes.words))]
         for split, found in rows.items()
     }
-    test = _sample(cut["test"], sizes.test, 1, f"task {task.name}: test")
+    drawn = "train" if sizes.development else "test"
+    test = _sample(cut[drawn], sizes.test, 1, f"task {task.name}: {drawn}")
     seen = {_key(row) for row in test}
     pool = [row for row in cut["train"] if _key(row) not in seen]
     train = _sample(pool, sizes.train, 0, f"task {task.name}: training")

@@ -184,6 +184,15 @@ PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         Protocol(
+            "mixed-2",
+            "topics, then descriptions: small enough to choose settings on",
+            "choice",
+            _tasks(_MIXED[:3:2]),
+            _own_orders(_MIXED[:3:2]),
+            {**_SMALL, "max_steps": 36, "max_length": 256},
+            words=32,
+        ),
+        Protocol(
             "mixed-4",
             "topics, ratings, descriptions, entailment",
             "choice",

@@ -61,7 +61,7 @@ def write_report(out: Path, to: Path | None = None) -> tuple[Path, Path]:
 
 def _section(group: Group, folder: Path, prefix: str) -> Section:
     return Section(
-        title=f"{group.protocol} on {group.conditions['model']['source']}",
+        title=f"{group.protocol} on {group.conditions['model']['source']}{_split(group)}",
         facts=_facts(group),
         results=tables.results_table(group),
         tasks=tables.tasks_table(group),
@@ -69,6 +69,10 @@ def _section(group: Group, folder: Path, prefix: str) -> Section:
         orders=group.orders,
         warnings=_warnings(group),
     )
+
+
+def _split(group: Group) -> str:
+    return ", development items" if "split" in group.conditions else ""
 
 
 def _facts(group: Group) -> list[tuple[str, str]]:

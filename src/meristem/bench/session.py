@@ -47,6 +47,7 @@ class Request:
     recipe: Path | None = None
     words: int | None = None
     device: str = "cpu"
+    development: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,15 @@ def check(request: Request) -> Checked:
         seeds=_seeds(request.seeds),
         sources=sources_of(chosen, request.data, _named(request.tasks)),
         overrides=overrides,
-        sizes=Sizes(request.train, request.test, words),
+        sizes=Sizes(request.train, request.test, words, request.development),
         evaluation=_evaluation(request.device),
     )
 
 
 def prepare(checked: Checked, out: Path) -> dict[str, Material]:
     """Every task's rows and items, sampled; their files lie in ``out``."""
-    folder = out / INPUT / f"{checked.protocol.name}-{checked.sizes.train}-{checked.sizes.test}"
+    split = "-dev" if checked.sizes.development else ""
+    folder = out / INPUT / f"{checked.protocol.name}{split}-{checked.sizes.train}-{checked.sizes.test}"
     return material.prepare(checked.protocol, checked.sources, checked.sizes, folder)
 
 
@@ -111,6 +113,7 @@ def runs(
         model=_model_name(checked.request.model),
         content=content,
         words=checked.sizes.words,
+        development=checked.sizes.development,
         engine=engine_document(settings),
         code=code_versions(),
     )

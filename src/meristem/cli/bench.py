@@ -77,6 +77,9 @@ def run(
         typer.Option(min=0, help="Cut texts to so many words; 0: never.", show_default="protocol's"),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps.")] = "cpu",
+    dev: Annotated[
+        bool, typer.Option("--dev", help="Measure on items drawn from the training rows: to choose settings.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
     as_json: JSON = False,
 ) -> None:
@@ -98,6 +101,7 @@ def run(
         recipe=recipe,
         words=words,
         device=device,
+        development=dev,
     )
     if dry_run:
         _plan(request, out, as_json)
