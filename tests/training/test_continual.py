@@ -14,8 +14,8 @@ from transformers import Trainer
 
 from meristem.errors import BadInput, Clash, NonFiniteLoss
 from meristem.methods import EWC, ExperienceReplay, Method
-from meristem.training import _tags
-from meristem.training.continual import _refuse_gradients, continual
+from meristem.training import _refusals, _tags
+from meristem.training.continual import continual
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 1}
@@ -87,7 +87,7 @@ def test_ids_and_tasks_reach_the_method(make, tmp_path):
         seen: ClassVar[list] = []
 
         def loss(self, step):
-            assert not {"id", "task", _tags.KEY} & set(step.inputs)
+            assert not {"id", "task", *_tags.KEYS.values()} & set(step.inputs)
             assert step.hidden.requires_grad and len(step.ids) == len(step.inputs["input_ids"])
             self.seen.append((step.ids, step.tasks))
             assert torch.isfinite(step.loss_of(step.inputs))
@@ -319,10 +319,14 @@ def test_methods_that_cannot_work_together_are_refused_by_name(tmp_path):
 
 
 def test_gradient_methods_refuse_scaled_gradients():
-    scaled = SimpleNamespace(scaler=object())
+    args = SimpleNamespace(gradient_accumulation_steps=2)
+    scaled = SimpleNamespace(accelerator=SimpleNamespace(scaler=object()), args=args)
     with pytest.raises(Clash, match="ewc works on plain gradients, this run has fp16"):
-        _refuse_gradients([EWC()], scaled)
-    _refuse_gradients([ExperienceReplay()], scaled)
+        _refusals.gradients([EWC()], scaled)
+    _refusals.gradients([ExperienceReplay()], scaled)
+    sharded = SimpleNamespace(accelerator=SimpleNamespace(is_fsdp2=True), args=args)
+    with pytest.raises(Clash, match="twice needs the gradient of each micro-batch"):
+        _refusals.gradients([Twice()], sharded)
 
 
 def test_replay_needs_rows_at_hand(tmp_path):

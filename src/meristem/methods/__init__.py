@@ -9,15 +9,25 @@ from meristem.methods.base import Context, Method, MethodState, Step
 from meristem.methods.registry import available, build, parse
 
 if TYPE_CHECKING:
+    from meristem.methods.architecture.o_lora import OLoRA
+    from meristem.methods.optimization.gpm import GPM
+    from meristem.methods.optimization.lae import LAE
     from meristem.methods.regularization.ewc import EWC
+    from meristem.methods.regularization.old_teacher_distill import OldTeacherDistill
     from meristem.methods.replay.experience_replay import ExperienceReplay
+    from meristem.methods.replay.mer import MER
 
 __all__ = [
     "EWC",
+    "GPM",
+    "LAE",
+    "MER",
     "Context",
     "ExperienceReplay",
     "Method",
     "MethodState",
+    "OLoRA",
+    "OldTeacherDistill",
     "Step",
     "available",
     "build",
@@ -27,6 +37,11 @@ __all__ = [
 _HOME = {
     "EWC": "meristem.methods.regularization.ewc",
     "ExperienceReplay": "meristem.methods.replay.experience_replay",
+    "GPM": "meristem.methods.optimization.gpm",
+    "LAE": "meristem.methods.optimization.lae",
+    "MER": "meristem.methods.replay.mer",
+    "OLoRA": "meristem.methods.architecture.o_lora",
+    "OldTeacherDistill": "meristem.methods.regularization.old_teacher_distill",
 }
 
 

@@ -1,7 +1,7 @@
 """Sample and task ids that travel with a batch.
 
 They ride as UTF-8 bytes in one uint8 tensor per column, ``(batch, longest)`` padded with zeros: tensors survive
-pinning, device moves, slicing and broadcasting by accelerate, which strings do not.
+pinning, device moves, slicing, shuffling and broadcasting by TRL and accelerate, which strings do not.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEY = "meristem_tags"
-COLUMNS = ("id", "task")
+KEYS = {"id": "meristem_id", "task": "meristem_task"}
+"""Row field -> the key of its tensor in a batch."""
 
 
 class TaggingCollator:
-    """Strips ``id`` and ``task`` before the inner collator and adds them back as tensors under ``KEY``.
+    """Strips ``id`` and ``task`` before the inner collator and adds them back as tensors under ``KEYS``.
 
     A collator that returns no mapping (GRPO's gives the rows themselves) gets the rows as they are.
     """
@@ -28,25 +28,24 @@ class TaggingCollator:
     def __call__(self, features: list[Any]) -> Any:
         if not all(isinstance(row, dict) for row in features):
             return self.inner(features)
-        stripped = [{k: v for k, v in row.items() if k not in COLUMNS} for row in features]
+        stripped = [{k: v for k, v in row.items() if k not in KEYS} for row in features]
         batch = self.inner(stripped)
         if not isinstance(batch, MutableMapping):
             return self.inner(features)
-        tags = {name: encode([str(row[name]) for row in features]) for name in COLUMNS if name in features[0]}
-        if tags:
-            batch[KEY] = tags
+        batch.update(packed(features))
         return batch
+
+
+def packed(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The tags of ``rows`` as tensors, for the batch that is made from them."""
+    return {key: encode([str(row[name]) for row in rows]) for name, key in KEYS.items() if name in rows[0]}
 
 
 def pop(batch: Any) -> dict[str, list[str]]:
     """Takes the tags out of a batch: ``{"id": [...], "task": [...]}``, empty lists where there are none."""
     if isinstance(batch, MutableMapping):
-        found = batch.pop(KEY, {})
-        return {name: decode(found[name]) if name in found else [] for name in COLUMNS}
-    if isinstance(batch, list):
-        rows = [row for row in batch if isinstance(row, dict)]
-        return {name: [str(row[name]) for row in rows if name in row] for name in COLUMNS}
-    return {name: [] for name in COLUMNS}
+        return {name: decode(batch.pop(key)) if key in batch else [] for name, key in KEYS.items()}
+    return {name: [] for name in KEYS}
 
 
 def encode(words: list[str]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from datasets import Dataset
 from torch import nn
 
 from meristem.errors import Clash
+from meristem.training import _tags
 
 _STAGES: dict[str, frozenset[str]] = {
     "SFTTrainer": frozenset({"cpt", "cit"}),
@@ -26,11 +28,13 @@ _STAGES: dict[str, frozenset[str]] = {
     "ORPOTrainer": frozenset({"ca"}),
     "RewardTrainer": frozenset({"ca"}),
     "GRPOTrainer": frozenset({"rl"}),
+    "DistillationTrainer": frozenset({"rl"}),  # on its own samples
     "RLOOTrainer": frozenset({"rl"}),
 }
 _GENERATING = frozenset(
     {"GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "GKDTrainer", "SDFTTrainer", "DistillationTrainer"}
 )
+_PREFERRING = frozenset({"DPOTrainer", "KTOTrainer", "CPOTrainer", "ORPOTrainer", "RewardTrainer"})
 
 
 class PrivateHooks:
@@ -47,7 +51,18 @@ class PrivateHooks:
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         columns = list(self._signature_columns or [])
-        self._signature_columns = columns + [name for name in ("id", "task") if name not in columns]
+        self._signature_columns = columns + [name for name in _tags.KEYS if name not in columns]
+
+    def _generate_and_score_completions(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        # GRPO's and its kin's: what is made of many rows is shuffled and sliced into micro-batches afterwards.
+        made = super()._generate_and_score_completions(inputs, *args, **kwargs)  # type: ignore[misc]
+        return {**made, **_tags.packed(inputs)}
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)  # type: ignore[misc]
+        if type(sampler).__name__ == "RepeatSampler" and sampler.shuffle and sampler.seed is not None:
+            sampler.set_epoch = partial(_to_epoch, sampler)
+        return sampler
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         # Resumed from a checkpoint of its last step, in the middle of an epoch, Hugging Face trains one more.
@@ -67,6 +82,13 @@ class PrivateHooks:
         self.checkpoint_written(folder / f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
             _rotate(self, folder)
+
+
+def _to_epoch(sampler: Any, epoch: int) -> None:
+    """GRPO's sampler draws one order after the other and, resumed, would begin again with the first."""
+    sampler.generator.manual_seed(sampler.seed)
+    for _ in range(epoch):
+        torch.randperm(sampler.num_samples, generator=sampler.generator)
 
 
 def _rotate(trainer: Any, folder: Path) -> None:
@@ -94,6 +116,11 @@ def stages_of(trainer_class: type) -> frozenset[str] | None:
 def generates_inputs(trainer_class: type) -> bool:
     """Whether the trainer samples its own completions, so that a batch cannot be run twice."""
     return any(base.__name__ in _GENERATING for base in trainer_class.__mro__)
+
+
+def has_likelihood(trainer_class: type) -> bool:
+    """Whether its batches are token ids with labels for a language model; assumed of trainers we do not know."""
+    return not any(base.__name__ in _GENERATING | _PREFERRING for base in trainer_class.__mro__)
 
 
 def continue_token_count(trainer: Any) -> None:
@@ -189,3 +216,8 @@ def unusual_gradients(accelerator: Any) -> str | None:
     if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1:
         return "FSDP1, whose parameters are flattened (use FSDP2)"
     return None
+
+
+def sharded_by_accelerate(accelerator: Any) -> bool:
+    """Whether accelerate shards the weights (FSDP2), and so keeps gradients back until the last micro-batch."""
+    return bool(getattr(accelerator, "is_fsdp2", False))

@@ -14,10 +14,11 @@ the optimizer, ``weights``.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from transformers import TrainerCallback
 
 from meristem.errors import BadInput, Clash, NonFiniteLoss
 from meristem.methods.base import Context, Method, MethodState, Row, Step, trainable
-from meristem.training import _checkpoint, _tags, _upstream
+from meristem.training import _checkpoint, _refusals, _rows, _sharding, _tags, _upstream
 from meristem.training._checkpoint import newest_complete_checkpoint
 
 __all__ = ["ContinualTrainer", "continual", "newest_complete_checkpoint"]
@@ -47,7 +48,7 @@ def continual(trainer_cls: type, methods: Sequence[Method], stage: str | None = 
     Methods that cannot work together or with this trainer are refused by name (``Clash``).
     """
     attached = list(methods)
-    _refuse_clashes(trainer_cls, attached, stage)
+    _refusals.clashes(trainer_cls, attached, stage)
     namespace = {"methods": attached, "__module__": trainer_cls.__module__, "__doc__": trainer_cls.__doc__}
     return type(f"Continual{trainer_cls.__name__}", (ContinualTrainer, trainer_cls), namespace)
 
@@ -75,19 +76,19 @@ class ContinualTrainer(_upstream.PrivateHooks):
         parent = super().__init__
         given = inspect.signature(parent).bind_partial(*args, **kwargs)
         options = given.arguments.get("args")
-        _refuse_packing(self.methods, options)
+        _refusals.packing(self.methods, options)
         for method in self.methods:
             if method_state and method.label in method_state:
                 method.load_state_dict(method_state[method.label])
         self.reference_model = reference_model
         self._noted: dict[str, list[Tensor]] = defaultdict(list)
-        self._tags: dict[str, list[str]] = {name: [] for name in _tags.COLUMNS}
+        self._tags: dict[str, list[str]] = {name: [] for name in _tags.KEYS}
         self._hidden: Tensor | None = None
         self.context = Context(
             task=task or "task",
             seed=getattr(options, "seed", 0),
             tokenizer=given.arguments.get("processing_class"),
-            history={name: list(_with_ids(rows, name)) for name, rows in (history or {}).items()},
+            history={name: list(_rows.with_ids(rows, name)) for name, rows in (history or {}).items()},
             reporter=progress,
         )
         self._prepare_rows(given.arguments)
@@ -100,31 +101,32 @@ class ContinualTrainer(_upstream.PrivateHooks):
         """ids and tasks onto the rows, then each method's ``prepare_data`` in order."""
         given = arguments.get("train_dataset")
         if isinstance(given, Dataset | list | tuple):
-            data = _with_ids(given, self.context.task)
+            data = _rows.with_ids(given, self.context.task)
             rows: Sequence[Row] = data
             self.context.rows = data
             for method in self.methods:
                 if method.overrides("prepare_data"):
                     rows = method.prepare_data(rows, self.context)
-            arguments["train_dataset"] = data if rows is data else _dataset(rows)
-        elif given is not None and any(m.overrides("prepare_data") for m in self.methods):
-            names = ", ".join(m.label for m in self.methods if m.overrides("prepare_data"))
-            raise Clash(f"{names} needs the rows at hand: pass a datasets.Dataset or a list, not a stream")
+            arguments["train_dataset"] = data if rows is data else _rows.dataset(rows)
+        else:
+            _refusals.streams(self.methods, given)
         if isinstance(arguments.get("eval_dataset"), list):
-            arguments["eval_dataset"] = _dataset(arguments["eval_dataset"])
+            arguments["eval_dataset"] = _rows.dataset(arguments["eval_dataset"])
 
     def _attach(self) -> None:
         """The model exists, the optimizer does not: collator, callback, forward hook, ``prepare_model``."""
-        _refuse_gradients(self.methods, self.accelerator)
+        _refusals.gradients(self.methods, self)
         self.data_collator = _tags.TaggingCollator(self.data_collator)
         if any(m.overrides("weights") for m in self.methods):
             self.add_callback(_WeightsCallback(self))  # type: ignore[attr-defined]
         context = self.context
         context.tokenizer = self.processing_class
         context.model = self.model
-        context.batcher, context.loss_of = self._batches, self._nll
-        for method in self.methods:
-            method.prepare_model(self.model, context)
+        context.batcher, context.loss_of = self._batches, self._likelihood
+        with self._sharded():
+            # What replaces the architecture comes first: the others hold on to the weights that they find.
+            for method in sorted(self.methods, key=lambda m: not m.replaces_architecture):
+                method.prepare_model(self.model, context)
         if any(m.overrides("loss") for m in self.methods):
             _upstream.backbone(self.model).register_forward_hook(self._catch_hidden)
 
@@ -138,9 +140,11 @@ class ContinualTrainer(_upstream.PrivateHooks):
             return
         device = next(self.model.parameters()).device
         ready = [
-            row for row in _upstream.tokenized(self, rows) if any(label != -100 for label in _labels(row))
+            row
+            for row in _upstream.tokenized(self, rows)
+            if any(label != -100 for label in _rows.labels(row))
         ]
-        keep = {"input_ids", "labels", "attention_mask", *_tags.COLUMNS}
+        keep = {"input_ids", "labels", "attention_mask", *_tags.KEYS}
         for start in range(0, len(ready), batch_size):
             chunk = [{k: v for k, v in row.items() if k in keep} for row in ready[start : start + batch_size]]
             batch = self.data_collator(chunk)
@@ -152,6 +156,10 @@ class ContinualTrainer(_upstream.PrivateHooks):
 
         logits (batch, length, vocabulary) in fp32, shifted by one against the labels (batch, length).
         """
+        if "labels" not in batch:
+            raise Clash(
+                f"{type(self).__name__} gives no labels: a method asks for the likelihood of its batch"
+            )
         inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
         with self.compute_loss_context_manager():  # type: ignore[attr-defined]
             logits = (model if model is not None else self.model)(**inputs, use_cache=False).logits
@@ -160,10 +168,20 @@ class ContinualTrainer(_upstream.PrivateHooks):
         kept = labels != -100
         return torch.nn.functional.cross_entropy(flat[kept].float(), labels[kept])
 
+    def _likelihood(self, batch: Mapping[str, Any]) -> Tensor:
+        """``_nll`` for ``ctx.loss``: differentiable with respect to sharded parameters too."""
+        params = self.parameters()
+        if not _sharding.sharded(params.values()):
+            return self._nll(batch)
+        return _sharding.differentiable(lambda: self._nll(batch), params)
+
+    def _sharded(self) -> AbstractContextManager[Any]:
+        return _sharding.mixing(self.parameters().values())
+
     # ---- training ------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> Any:
-        """As the trainer's, and ``finish`` of every method once training has run to its end.
+        """As the trainer's, and ``finish`` of every method once training has run to its end, on every rank.
 
         ``resume_from_checkpoint``: a folder, or True for the newest complete one; method state comes back from
         it, and a folder that is not complete is refused.
@@ -172,8 +190,9 @@ class ContinualTrainer(_upstream.PrivateHooks):
         folder = self._resumed(resume_from_checkpoint)
         result = super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)  # type: ignore[misc]
         if not self.interrupted:
-            for method in self.methods:
-                method.finish(self.context)
+            with self._sharded():
+                for method in self.methods:
+                    method.finish(self.context)
         return result
 
     def _resumed(self, wanted: str | Path | bool | None) -> Path | None:
@@ -203,23 +222,31 @@ class ContinualTrainer(_upstream.PrivateHooks):
         self._refuse_non_finite(loss)
         if self.accelerator.sync_gradients:
             params = self.parameters()
-            self._penalize(params)
-            for method in self.methods:
-                if method.overrides("gradients"):
-                    method.gradients(params)
+            with _sharding.mixing(params.values()):
+                self._penalize(params)
+                for method in self.methods:
+                    if method.overrides("gradients"):
+                        method.gradients(params)
         return loss
 
     def _around(self, arounds: list[Method], run: Callable[[], Tensor]) -> Tensor:
-        """``around`` of each method, the first outermost, with ``.grad`` empty inside."""
-        params = self.parameters().values()
+        """``around`` of each method, the first outermost, with ``.grad`` empty inside.
+
+        DDP reduces what is in ``.grad`` at the last micro-batch, so what earlier ones left, set aside meanwhile,
+        is reduced here. At those earlier ones a method sees its own rank's gradient.
+        """
+        params = list(self.parameters().values())
         earlier = [(p, p.grad) for p in params]
         for parameter, _ in earlier:
             parameter.grad = None
         for method in reversed(arounds):
             run = partial(method.around, run)
         loss = run()
+        reduces = self.accelerator.sync_gradients and not _sharding.sharded(params)
         for parameter, grad in earlier:
             if grad is not None:
+                if reduces and self.accelerator.num_processes > 1:
+                    grad = self.accelerator.reduce(grad, "mean")
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
         return loss
 
@@ -231,6 +258,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
             value = method.penalty(params)
             if value is None:
                 continue
+            value = _sharding.whole(value)
             self._refuse_non_finite(value)
             self._noted[f"{method.label}/penalty"].append(value.detach())
             if value.requires_grad:
@@ -238,8 +266,9 @@ class ContinualTrainer(_upstream.PrivateHooks):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's loss, and while training each method's term as a mean over micro-batches."""
-        if isinstance(inputs, Mapping) and _tags.KEY in inputs:
-            _tags.pop(inputs)
+        if isinstance(inputs, MutableMapping) and not set(_tags.KEYS.values()).isdisjoint(inputs):
+            inputs = copy.copy(inputs)  # a trainer that generates may use the batch again
+            self._tags = _tags.pop(inputs)
         self._hidden = None
         given = dict(inputs) if isinstance(inputs, Mapping) else inputs
         with _upstream.labelled_positions_only(self.args.device):
@@ -267,6 +296,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
         for method in adding:
             value = method.loss(step)
             if value is not None:
+                _refusals.sharded_term(method, value)
                 self._noted[f"{method.label}/loss"].append(value.detach())
                 total = total + value
         return total
@@ -287,10 +317,25 @@ class ContinualTrainer(_upstream.PrivateHooks):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            for name, values in self._noted.items():
-                logs[name] = float(torch.stack([v.float().cpu() for v in values]).mean())
-            self._noted.clear()
+            logs.update(self._noted_means())
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _noted_means(self) -> dict[str, float]:
+        """Each method's term and penalty, as a mean over the logged steps and over all ranks."""
+        names = [
+            f"{m.label}/{hook}" for m in self.methods for hook in ("loss", "penalty") if m.overrides(hook)
+        ]
+        if not names:
+            return {}
+        values = [self._noted.pop(name, []) for name in names]
+        sums = torch.tensor(
+            [[sum(float(v) for v in noted), len(noted)] for noted in values], device=self.args.device
+        )
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+        return {
+            name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count
+        }
 
     # ---- state ---------------------------------------------------------------------------------------------
 
@@ -304,13 +349,18 @@ class ContinualTrainer(_upstream.PrivateHooks):
         return list(self._tags["id"])
 
     def method_state(self) -> dict[str, MethodState]:
-        """What each method remembers, by its name; pass it to the next update as ``method_state=``."""
-        return {method.label: method.state_dict() for method in self.methods}
+        """What each method remembers, by its name; pass it to the next update as ``method_state=``.
+
+        With sharded weights (FSDP2) every rank must call it: full tensors are gathered.
+        """
+        return {method.label: _sharding.whole_state(method.state_dict()) for method in self.methods}
 
     def checkpoint_written(self, folder: Path) -> None:
+        gathers = _sharding.sharded(self.parameters().values())
+        states = self.method_state() if gathers or self.args.should_save else {}
         self.accelerator.wait_for_everyone()  # the other ranks write their own files into the folder
         if self.args.should_save:
-            _checkpoint.write(folder, self.method_state(), self.state.global_step)
+            _checkpoint.write(folder, states, self.state.global_step)
         self.accelerator.wait_for_everyone()
 
 
@@ -329,8 +379,9 @@ class _WeightsCallback(TrainerCallback):
     @torch.no_grad()
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         params = self.trainer.parameters()
-        for method in self.active:
-            method.weights(params, self.before if method.needs_before else None)
+        with _sharding.mixing(params.values()):
+            for method in self.active:
+                method.weights(params, self.before if method.needs_before else None)
         self.before = None
 
 
@@ -340,64 +391,3 @@ def _add_gradient(value: Tensor, params: list[Tensor]) -> None:
     for parameter, grad in zip(live, torch.autograd.grad(value, live, allow_unused=True), strict=True):
         if grad is not None:
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-
-
-def _with_ids(given: Any, task: str) -> Dataset:
-    """A data set whose rows all have a text ``id`` ("row-<n>" where missing) and ``task``."""
-    data = given if isinstance(given, Dataset) else _dataset(given)
-    for name, default in (("id", "row-{n}"), ("task", task.replace("{", "{{").replace("}", "}}"))):
-        old = data[name] if name in data.column_names else [None] * len(data)
-        new = [str(value) if value is not None else default.format(n=n) for n, value in enumerate(old)]
-        if name in data.column_names:
-            data = data.remove_columns(name)
-        data = data.add_column(name, new)
-    return data
-
-
-def _dataset(rows: Sequence[Row]) -> Dataset:
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    return Dataset.from_list([{key: row.get(key) for key in keys} for row in rows])
-
-
-def _labels(row: Row) -> list[int]:
-    return list(row.get("labels") or row["input_ids"])[1:]
-
-
-def _refuse_clashes(trainer_cls: type, methods: Sequence[Method], stage: str | None) -> None:
-    seen: set[str] = set()
-    for method in methods:
-        if not isinstance(method, Method):
-            raise BadInput(f"{method!r} is not a Method: build one by name with meristem.methods.build")
-        if method.label in seen:
-            raise Clash(f"method {method.label} is given twice: keep one")
-        seen.add(method.label)
-    builders = [m.label for m in methods if m.replaces_architecture]
-    if len(builders) > 1:
-        raise Clash(f"methods {' and '.join(builders)} both replace the architecture: keep one")
-    stages = frozenset({stage}) if stage else _upstream.stages_of(trainer_cls)
-    for method in methods:
-        if stages is not None and not stages & method.stages:
-            raise Clash(
-                f"method {method.label} works in stages {', '.join(sorted(method.stages))}, "
-                f"not in {', '.join(sorted(stages))} ({trainer_cls.__name__})"
-            )
-        if method.overrides("around") and _upstream.generates_inputs(trainer_cls):
-            raise Clash(
-                f"method {method.label} runs a batch twice, and {trainer_cls.__name__} generates its batches"
-            )
-
-
-def _refuse_packing(methods: Sequence[Method], options: Any) -> None:
-    for method in methods:
-        if method.columns and getattr(options, "packing", False):
-            needs = " and ".join(sorted(method.columns))
-            raise Clash(
-                f"method {method.label} needs the {needs} of each row, which packing drops: packing=False"
-            )
-
-
-def _refuse_gradients(methods: Sequence[Method], accelerator: Any) -> None:
-    reason = _upstream.unusual_gradients(accelerator)
-    for method in methods:
-        if reason and (method.overrides("penalty") or method.overrides("gradients")):
-            raise Clash(f"method {method.label} works on plain gradients, this run has {reason}")

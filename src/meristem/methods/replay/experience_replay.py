@@ -35,17 +35,13 @@ class ExperienceReplay(Method):
         self, ratio: float = 0.1, capacity: int = 1000, buffer: str = "task-balanced", seed: int = 0
     ) -> None:
         if not isinstance(ratio, int | float) or not 0 <= ratio < 1:
-            raise BadInput(
-                f"experience-replay: ratio={ratio!r} must be in [0, 1): the share of replayed rows"
-            )
+            raise BadInput(f"{self.name}: ratio={ratio!r} must be in [0, 1): the share of replayed rows")
         if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
-            raise BadInput(
-                f"experience-replay: capacity={capacity!r} must be a whole number of rows, 1 or more"
-            )
+            raise BadInput(f"{self.name}: capacity={capacity!r} must be a whole number of rows, 1 or more")
         if buffer not in BUFFERS:
-            raise BadInput(f"experience-replay: buffer={buffer!r} must be one of {', '.join(BUFFERS)}")
+            raise BadInput(f"{self.name}: buffer={buffer!r} must be one of {', '.join(BUFFERS)}")
         if not isinstance(seed, int):
-            raise BadInput(f"experience-replay: seed={seed!r} must be a whole number")
+            raise BadInput(f"{self.name}: seed={seed!r} must be a whole number")
         self.ratio, self.seed = float(ratio), seed
         self.buffer: Buffer = BUFFERS[buffer](capacity, seed)
         self._known: set[str] = set()  # tasks that the buffer has seen, rows of them kept or not

@@ -1,0 +1,1 @@
+"""Architecture: parameters of their own for what is new."""

@@ -1,0 +1,1 @@
+"""Optimization: how the weights move, whatever the loss."""

@@ -1,0 +1,112 @@
+"""Every pair of registered methods on every trainer: one step with both effects, or a refusal by name before it.
+
+New methods are in as soon as they are registered; ``ARGUMENTS`` makes small ones of those whose defaults are large.
+"""
+
+from itertools import combinations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tests.tiny import new_model
+from tests.training.stream import weights
+from tests.training.trainers import CLASSES, data, make, new_reward_model
+
+from meristem.errors import Clash
+from meristem.methods import Method, available, build
+from meristem.methods.base import HOOKS
+from meristem.training.continual import continual
+
+ARGUMENTS = {"experience-replay": {"ratio": 0.5}, "ewc": {"samples": 1}, "gpm": {"threshold": 0.5}}
+PAIRS = [*((name,) for name in available()), *combinations(available(), 2)]
+LORA = {"r": 8, "target_modules": ["q_proj"]}
+
+
+def watched(name, calls, acted):
+    """The method with a note in ``calls`` of every hook that runs; in ``acted`` when it added to the objective."""
+    method = build(name, ARGUMENTS.get(name))
+
+    def note(hook):
+        inner = getattr(method, hook)
+
+        def run(*args, **kwargs):
+            calls.add((name, hook))
+            result = inner(*args, **kwargs)
+            if hook in ("loss", "penalty") and result is not None:
+                calls.add((name, hook, "logged"))
+                if float(result.detach()) != 0:
+                    acted.add((name, hook))
+            elif hook == "prepare_data" and len(result) != len(args[0]):
+                acted.add((name, hook))
+            return result
+
+        return run
+
+    for hook in HOOKS:
+        if method.overrides(hook):
+            setattr(method, hook, note(hook))
+    return method
+
+
+def trained(kind, folder, names):
+    """``(weights, acted)`` of two steps with these methods, or the one line that refused them before the first."""
+    calls: set = set()
+    acted: set = set()
+    options = {"max_steps": 2, "per_device_train_batch_size": 4, "task": "B"}
+    options |= {"history": {"A": data(kind, 2)}, "logging_strategy": "steps", "logging_steps": 1}
+    methods = [watched(name, calls, acted) for name in names]
+    try:
+        trainer = make(kind, folder, methods, data(kind, 2, "B"), model=lora(kind), **options)
+    except Clash as clash:
+        return str(clash)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    hooks = {(m.label, hook) for m in methods for hook in HOOKS if type(m).overrides(hook)}
+    assert {call for call in calls if len(call) == 2} == hooks
+    logged = {
+        key for entry in trainer.state.log_history for key in entry if key.endswith(("/loss", "/penalty"))
+    }
+    assert logged == {f"{call[0]}/{call[1]}" for call in calls if len(call) == 3}
+    return weights(trainer.model), {name for name, _ in acted}
+
+
+def lora(kind):
+    model = new_reward_model() if kind == "reward" else new_model()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return get_peft_model(
+            model, LoraConfig(**LORA, task_type="SEQ_CLS" if kind == "reward" else "CAUSAL_LM")
+        )
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_each_pair_trains_with_both_effects_or_is_refused_by_name(kind, tmp_path):
+    alone = {}
+    for number, names in enumerate(PAIRS):
+        found = trained(kind, tmp_path / str(number), names)
+        if isinstance(found, str):
+            assert any(name in found for name in names) and "\n" not in found
+        elif len(names) == 2:
+            for one, other in (names, names[::-1]):
+                if other in found[1]:  # ``one`` alone came out elsewhere
+                    assert any(not torch.equal(v, alone[one][0].get(k, v)) for k, v in found[0].items()), (
+                        names
+                    )
+        if len(names) == 1:
+            alone[names[0]] = found
+
+
+def test_every_registered_method_has_a_trainer():
+    for name in available():
+        method = build(name, ARGUMENTS.get(name))
+        assert isinstance(method, Method) and any(fits(trainer, method) for trainer, _ in CLASSES.values()), (
+            name
+        )
+
+
+def fits(trainer, method):
+    try:
+        continual(trainer, [method])
+    except Clash:
+        return False
+    return True
