@@ -177,7 +177,11 @@ _CORPORA = (
     Task("finance", "corpus_finance_en"),
     Task("code", "corpus_code_py"),
 )
-_PREFERENCES = (Task("harmless", "hh_rlhf_harmless"), Task("helpful", "dpo_en_demo"))
+_PREFERENCES = (
+    Task("harmless", "hh_rlhf_harmless"),
+    Task("helpful", "dpo_en_demo"),
+    Task("truthful", "truthfulqa_pairs"),  # benchmarks/truthful_pairs.py makes it
+)
 _SMALL = {"learning_rate": 1e-3, "lora": {"layers": 0.5}}  # chosen for the embedded 135M model on a CPU
 
 PROTOCOLS = {
