@@ -15,6 +15,7 @@ from tests.training.trainers import CLASSES, data, make, new_reward_model
 from meristem.errors import Clash
 from meristem.methods import Method, available, build
 from meristem.methods.base import HOOKS
+from meristem.methods.facts import facts
 from meristem.training.continual import continual
 
 ARGUMENTS = {"experience-replay": {"ratio": 0.5}, "ewc": {"samples": 1}, "gpm": {"threshold": 0.5}}
@@ -94,6 +95,7 @@ def test_each_pair_trains_with_both_effects_or_is_refused_by_name(kind, tmp_path
                     )
         if len(names) == 1:
             alone[names[0]] = found
+            assert isinstance(found, str) is (CLASSES[kind][0].__name__ not in facts(names[0]).trainers)
 
 
 def test_every_registered_method_has_a_trainer():
