@@ -37,7 +37,11 @@ def test_there_are_some():
 def test_best_is_taken_whole_or_but_one():
     known = best_known("ewc").arguments
     assert parse("ewc:best,gamma=0.5").arguments() == {**known, "gamma": 0.5}
-    assert read_method("ewc:best", "cit").methods == ({"name": "ewc", "arguments": known},)
+    spec = read_method("ewc:best", "cit")
+    assert spec.methods == ({"name": "ewc", "arguments": known},)
+    assert (
+        spec.spec == f"ewc:gamma={known['gamma']:g},samples={known['samples']},strength={known['strength']:g}"
+    )
 
 
 @pytest.mark.parametrize(

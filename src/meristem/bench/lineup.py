@@ -16,7 +16,7 @@ from meristem.bench.material import Material
 from meristem.bench.protocols import Protocol
 from meristem.config import Recipe, resolve_recipe
 from meristem.errors import BadInput
-from meristem.methods.registry import parse
+from meristem.methods.registry import BEST, parse
 from meristem.store.canonical import PREFIX, digest_document
 
 SEQUENTIAL, PER_TASK, JOINT = "sequential", "per-task", "joint"
@@ -48,8 +48,8 @@ def read_method(text: str, stage: str) -> MethodSpec:
 
     Raises ``BadInput`` for an unknown name or argument, and for a method that does not work in ``stage``.
     """
-    parts = [_spelled(part) for part in re.split(r"\+(?=[A-Za-z])", "".join(text.split()))]  # not 1e+3
-    parts = [SEQUENTIAL if part == SEQ_FINETUNE else part for part in parts]
+    given = re.split(r"\+(?=[A-Za-z])", "".join(text.split()))  # not 1e+3
+    parts = [SEQUENTIAL if part == SEQ_FINETUNE else _spelled(_written_out(part)) for part in given]
     spec = "+".join(parts)
     if spec in BASELINES:
         return MethodSpec(spec, ())
@@ -63,6 +63,14 @@ def read_method(text: str, stage: str) -> MethodSpec:
                 f"method {method.label} works in stages {', '.join(sorted(method.stages))}, not in {stage}"
             )
     return MethodSpec(spec, tuple({"name": m.label, "arguments": m.arguments()} for m in built))
+
+
+def _written_out(part: str) -> str:
+    """``NAME:best`` as the arguments that it stands for today: a result's name outlives a settings file."""
+    name, _, rest = part.partition(":")
+    if BEST not in rest.split(","):
+        return part
+    return f"{name}:" + ",".join(f"{key}={value}" for key, value in parse(part).arguments().items())
 
 
 def _spelled(part: str) -> str:
