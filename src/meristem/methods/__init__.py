@@ -10,6 +10,9 @@ from meristem.methods.registry import available, build, parse
 
 if TYPE_CHECKING:
     from meristem.methods.architecture.o_lora import OLoRA
+    from meristem.methods.baselines.joint import Joint
+    from meristem.methods.baselines.per_task import PerTask
+    from meristem.methods.baselines.seq_finetune import SeqFinetune
     from meristem.methods.optimization.gpm import GPM
     from meristem.methods.optimization.lae import LAE
     from meristem.methods.regularization.ewc import EWC
@@ -24,10 +27,13 @@ __all__ = [
     "MER",
     "Context",
     "ExperienceReplay",
+    "Joint",
     "Method",
     "MethodState",
     "OLoRA",
     "OldTeacherDistill",
+    "PerTask",
+    "SeqFinetune",
     "Step",
     "available",
     "build",
@@ -38,10 +44,13 @@ _HOME = {
     "EWC": "meristem.methods.regularization.ewc",
     "ExperienceReplay": "meristem.methods.replay.experience_replay",
     "GPM": "meristem.methods.optimization.gpm",
+    "Joint": "meristem.methods.baselines.joint",
     "LAE": "meristem.methods.optimization.lae",
     "MER": "meristem.methods.replay.mer",
     "OLoRA": "meristem.methods.architecture.o_lora",
     "OldTeacherDistill": "meristem.methods.regularization.old_teacher_distill",
+    "PerTask": "meristem.methods.baselines.per_task",
+    "SeqFinetune": "meristem.methods.baselines.seq_finetune",
 }
 
 

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypedDict
 
 from meristem.errors import BadInput
 
@@ -51,6 +51,26 @@ class Method:
     """Whether ``weights`` wants a copy of the parameters from before the optimizer step."""
     replaces_architecture: ClassVar[bool] = False
     """Whether ``prepare_model`` rebuilds the network; two such methods clash."""
+    fresh_adapter: ClassVar[bool] = False
+    """Whether each task starts from a fresh adapter instead of the version's."""
+
+    # What helps to choose; tests hold each of them against what the method does.
+    alone: ClassVar[bool] = False
+    """Whether it is a baseline that goes with no other method."""
+    old_data: ClassVar[Literal["none", "first", "sample", "all"]] = "none"
+    """Rows of earlier tasks that it reads: none; all of them once, where there is no saved state; a sample that
+    it keeps in its state; all of them in every update."""
+    task_id: ClassVar[Literal["none", "training", "inference"]] = "none"
+    """Where it has to be told which task a row is of; an update counts as one task without a name too."""
+    weight_copies: ClassVar[int] = 0
+    """Copies of the trained weights that it holds while training, at most, rounded up; what ``grows`` apart."""
+    grows: ClassVar[str] = ""
+    """What every task adds to its state or to the adapter; empty when both keep their size."""
+    sharded: ClassVar[bool] = True
+    """Whether it works on sharded weights (FSDP2)."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What only some trainers have, out of ``{"likelihood", "next-token"}``: rows as batches of tokens and labels,
+    a language-model head over a completion."""
 
     _arguments: dict[str, Any]
 

@@ -7,24 +7,23 @@ their modules and imports nothing; torch is loaded when a method is built.
 from __future__ import annotations
 
 import ast
-import importlib.util
 import inspect
 from collections.abc import Mapping
 from difflib import get_close_matches
-from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Any
 
 from meristem.errors import BadInput
+from meristem.methods import _static
 from meristem.methods.base import Method
 
 GROUP = "meristem.methods"
+BEST = "best"
 
 
 def available() -> dict[str, str]:
     """Every registered method with the first line of its docstring, by name."""
-    return {name: _description(entry) for name, entry in sorted(_entries().items())}
+    return {name: _description(found) for name, found in sorted(_entries().items())}
 
 
 def build(name: str, arguments: Mapping[str, Any] | None = None) -> Method:
@@ -44,10 +43,15 @@ def build(name: str, arguments: Mapping[str, Any] | None = None) -> Method:
 
 
 def parse(text: str) -> Method:
-    """Builds the method of a command-line ``NAME[:key=value,...]``, e.g. ``ewc:strength=50,gamma=0.9``."""
+    """Builds the method of a command-line ``NAME[:key=value,...]``, e.g. ``ewc:strength=50,gamma=0.9``.
+
+    ``NAME:best`` takes its best-known settings, and ``NAME:best,key=value`` all of them but one.
+    """
     name, _, rest = text.strip().partition(":")
+    pieces = [piece for part in rest.split(",") if (piece := part.strip())]
+    known = _best(name.strip()) if BEST in pieces else {}
     arguments: dict[str, Any] = {}
-    for part in filter(None, (piece.strip() for piece in rest.split(","))):
+    for part in (piece for piece in pieces if piece != BEST):
         key, equals, value = part.partition("=")
         key = key.strip()
         if not equals or not key:
@@ -55,60 +59,58 @@ def parse(text: str) -> Method:
         if key in arguments:
             raise BadInput(f"method {text!r}: {key!r} is given twice")
         arguments[key] = _value(value.strip())
-    return build(name.strip(), arguments)
+    return build(name.strip(), {**known, **arguments})
 
 
 def load(name: str) -> type[Method]:
     """The class registered as ``name``."""
-    entries = _entries()
-    if name not in entries:
-        raise BadInput(f"there is no method {name!r}: {_nearest(name, sorted(entries))}")
+    registered = entry(name)
     try:
-        found = entries[name].load()
+        found = registered.load()
     except (ImportError, AttributeError) as error:
         raise BadInput(
             f"method {name!r} cannot be loaded: {_one_line(error)}; install meristem[train]"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Method)):
-        raise BadInput(f"method {name!r} ({entries[name].value}) is not a meristem Method")
+        raise BadInput(f"method {name!r} ({registered.value}) is not a meristem Method")
     return found
+
+
+def entry(name: str) -> EntryPoint:
+    """The entry point of ``name``; a name that nobody registered is ``BadInput``."""
+    entries = _entries()
+    if name not in entries:
+        raise BadInput(f"there is no method {name!r}: {_nearest(name, sorted(entries))}")
+    return entries[name]
 
 
 def _entries() -> dict[str, EntryPoint]:
     found: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=GROUP):
-        if entry.name in found and found[entry.name].value != entry.value:
+    for one in entry_points(group=GROUP):
+        if one.name in found and found[one.name].value != one.value:
             raise BadInput(
-                f"two packages register the method {entry.name!r} "
-                f"({found[entry.name].value} and {entry.value}): uninstall one"
+                f"two packages register the method {one.name!r} "
+                f"({found[one.name].value} and {one.value}): uninstall one"
             )
-        found[entry.name] = entry
+        found[one.name] = one
     return found
 
 
-@cache
-def _description(entry: EntryPoint) -> str:
+def _description(registered: EntryPoint) -> str:
     """The first docstring line of the class, read from its source so that nothing is imported."""
-    try:
-        source = _source_of(entry.module)
-        tree = ast.parse(source.read_text(encoding="utf-8")) if source else None
-    except (OSError, SyntaxError, UnicodeDecodeError):
-        tree = None
-    for node in tree.body if tree else ():
-        if isinstance(node, ast.ClassDef) and node.name == entry.attr:
-            return (ast.get_docstring(node) or "").partition("\n")[0]
-    return ""
+    classes = _static.chain(registered.module, registered.attr)
+    return (ast.get_docstring(classes[0]) or "").partition("\n")[0] if classes else ""
 
 
-def _source_of(module: str) -> Path | None:
-    """The file of ``module``; only its top package is imported, and the rest is found by path."""
-    top, *rest = module.split(".")
-    spec = importlib.util.find_spec(top)
-    for place in (spec.submodule_search_locations or ()) if spec and rest else ():
-        for candidate in (Path(place, *rest).with_suffix(".py"), Path(place, *rest, "__init__.py")):
-            if candidate.is_file():
-                return candidate
-    return Path(spec.origin) if spec and spec.origin and not rest else None
+def _best(name: str) -> dict[str, Any]:
+    from meristem.methods.settings import best_known  # pydantic, for those who ask
+
+    found = best_known(name)
+    if found is None:
+        raise BadInput(
+            f"method {name!r} has no best-known settings yet: give its arguments, or leave {BEST!r} out"
+        )
+    return found.arguments
 
 
 def _accepted(method_class: type[Method]) -> list[str] | None:

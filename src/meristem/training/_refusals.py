@@ -25,6 +25,10 @@ def clashes(trainer_cls: type, methods: Sequence[Method], stage: str | None) -> 
     for first, second in combinations(methods, 2):
         if isinstance(first, type(second)) or isinstance(second, type(first)):
             raise Clash(f"methods {first.label} and {second.label} are one technique in two forms: keep one")
+    for method in methods:
+        if method.alone and len(methods) > 1:
+            others = ", ".join(m.label for m in methods if m is not method)
+            raise Clash(f"method {method.label} is a baseline and goes with no other: drop it, or {others}")
     builders = [m.label for m in methods if m.replaces_architecture]
     if len(builders) > 1:
         raise Clash(f"methods {' and '.join(builders)} both replace the architecture: keep one")

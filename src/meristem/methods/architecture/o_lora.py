@@ -40,6 +40,9 @@ class OLoRA(Method):
     claims = ("less-forgetting",)
     stages = frozenset({"cpt", "cit"})
     replaces_architecture = True
+    weight_copies = 1
+    grows = "one LoRA"
+    sharded = False
 
     def __init__(self, strength: float = 0.5, rank: int | None = None) -> None:
         if not isinstance(strength, int | float) or not 0 <= strength < float("inf"):

@@ -43,6 +43,11 @@ class GPM(Method):
     claims = ("less-forgetting",)
     stages = frozenset({"cpt", "cit"})
     needs_before = True
+    old_data = "first"
+    weight_copies = 1
+    grows = "bases, up to the square of each layer's input width"
+    sharded = False
+    needs = frozenset({"likelihood"})
 
     def __init__(
         self, threshold: float = 0.97, increase: float = 0.0, samples: int = 64, positions: int = 8

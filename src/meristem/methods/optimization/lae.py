@@ -44,6 +44,8 @@ class LAE(Method):
     name = "lae"
     claims = ("less-forgetting",)
     stages = frozenset({"cpt", "cit", "ca"})
+    weight_copies = 1
+    sharded = False
 
     def __init__(self, decay: float = 0.99, serve: str = "mean") -> None:
         if not isinstance(decay, int | float) or not 0 <= decay < 1:

@@ -36,6 +36,9 @@ class EWC(Method):
     name = "ewc"
     claims = ("less-forgetting",)
     stages = frozenset({"cpt", "cit"})
+    old_data = "first"
+    weight_copies = 2
+    needs = frozenset({"likelihood"})
 
     def __init__(self, strength: float = 1000.0, samples: int = 64, gamma: float = 1.0) -> None:
         if not isinstance(strength, int | float) or not 0 <= strength < float("inf"):

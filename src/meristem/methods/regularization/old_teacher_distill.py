@@ -49,6 +49,9 @@ class OldTeacherDistill(Method):
     name = "old-teacher-distill"
     claims = ("less-forgetting",)
     stages = frozenset({"cpt", "cit", "ca"})
+    weight_copies = 1
+    sharded = False
+    needs = frozenset({"next-token"})
 
     def __init__(self, strength: float = 1.0, temperature: float = 2.0, hidden: float = 0.0) -> None:
         for word, value in (("strength", strength), ("hidden", hidden)):

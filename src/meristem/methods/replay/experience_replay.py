@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from meristem.errors import BadInput
+from meristem.methods._formats import check_format
 from meristem.methods.base import Context, Method, MethodState, Row
 from meristem.methods.replay.buffers import BUFFERS, Buffer
-
-PAYLOAD = ("messages", "prompt", "completion", "text", "chosen", "rejected", "input_ids")
 
 
 class ExperienceReplay(Method):
@@ -30,6 +29,7 @@ class ExperienceReplay(Method):
     name = "experience-replay"
     claims = ("less-forgetting",)
     stages = frozenset({"cpt", "cit", "ca"})
+    old_data = "sample"
 
     def __init__(
         self, ratio: float = 0.1, capacity: int = 1000, buffer: str = "task-balanced", seed: int = 0
@@ -53,7 +53,7 @@ class ExperienceReplay(Method):
         held = self.buffer.rows()
         if not held or not len(rows):
             return rows
-        _check_format(rows[0], held)
+        check_format(self.name, rows[0], held)
         draw = random.Random(f"{self.seed}/{ctx.seed}/{ctx.task}")
         count = round(len(rows) * self.ratio / (1 - self.ratio))
         mixed = [dict(row) for row in rows] + _passes(held, count, draw)
@@ -82,15 +82,3 @@ def _passes(held: list[Row], count: int, draw: random.Random) -> list[Row]:
     while len(drawn) < count:
         drawn += draw.sample(held, min(len(held), count - len(drawn)))
     return [dict(row) for row in drawn]
-
-
-def _check_format(row: Row, held: list[Row]) -> None:
-    """A trainer looks at the first row only, so one set must not mix formats."""
-    wanted = {key for key in PAYLOAD if row.get(key) is not None}
-    for old in held:
-        found = {key for key in PAYLOAD if old.get(key) is not None}
-        if found != wanted:
-            raise BadInput(
-                f"experience-replay: kept row {old['id']!r} of task {old['task']!r} has {sorted(found)}, "
-                f"the new rows have {sorted(wanted)}: bring both to one format"
-            )

@@ -38,6 +38,8 @@ class MER(ExperienceReplay):
     """
 
     name = "mer"
+    weight_copies = 1
+    sharded = False
 
     def __init__(
         self,

@@ -1,0 +1,1 @@
+"""Baselines: what a method is held against."""

@@ -1,0 +1,102 @@
+"""What helps to choose a method, as its class declares it (see ``Method``); read without importing torch."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import asdict, dataclass
+from importlib.metadata import EntryPoint
+from typing import Any
+
+from meristem.methods import _static
+from meristem.methods.base import HOOKS
+from meristem.methods.registry import available, entry, load
+
+DECLARED = (
+    "claims",
+    "stages",
+    "old_data",
+    "task_id",
+    "weight_copies",
+    "grows",
+    "sharded",
+    "needs",
+    "alone",
+    "fresh_adapter",
+)
+TRAINERS: dict[str, tuple[str, frozenset[str]]] = {
+    "Trainer": ("any", frozenset({"likelihood", "next-token"})),
+    "SFTTrainer": ("cpt cit", frozenset({"likelihood", "next-token"})),
+    "DPOTrainer": ("ca", frozenset({"next-token"})),
+    "RewardTrainer": ("ca", frozenset()),
+    "GRPOTrainer": ("rl", frozenset()),
+    "DistillationTrainer": ("rl", frozenset()),
+}
+"""Their stages, and what they have of ``Method.needs``; the last two generate their batches."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """``about`` is the first line of the docstring, ``hooks`` those that the class has of its own; the others: ``Method``."""
+
+    about: str
+    hooks: tuple[str, ...]
+    claims: tuple[str, ...]
+    stages: frozenset[str]
+    old_data: str
+    task_id: str
+    weight_copies: int
+    grows: str
+    sharded: bool
+    needs: frozenset[str]
+    alone: bool
+    fresh_adapter: bool
+
+    @property
+    def trainers(self) -> list[str]:
+        """Names out of ``TRAINERS`` that it attaches to."""
+        return [
+            name
+            for name, (stages, has) in TRAINERS.items()
+            if (stages == "any" or self.stages & set(stages.split()))
+            and self.needs <= has
+            and not ("around" in self.hooks and stages == "rl")
+        ]
+
+    def to_document(self) -> dict[str, Any]:
+        fields = {key: sorted(v) if isinstance(v, frozenset) else v for key, v in asdict(self).items()}
+        return {**fields, "trainers": self.trainers}
+
+
+def facts(name: str) -> Facts:
+    """Of the method registered as ``name``. Raises ``BadInput`` for an unknown one."""
+    registered = entry(name)
+    return _read(registered) or _loaded(name)
+
+
+def all_facts() -> dict[str, Facts]:
+    """Every registered method's, by name."""
+    return {name: facts(name) for name in available()}
+
+
+def _read(registered: EntryPoint) -> Facts | None:
+    """From the sources; None when they cannot be read down to ``Method``, or say something that must be run."""
+    classes = _static.chain(registered.module, registered.attr)
+    if not classes or classes[-1].name != "Method":
+        return None
+    values: dict[str, Any] = {}
+    try:
+        for one in classes:
+            own = _static.assigned(one)
+            values |= {key: _static.literal(own[key]) for key in DECLARED if key in own and key not in values}
+    except ValueError:
+        return None
+    written = {f.name for one in classes[:-1] for f in one.body if isinstance(f, ast.FunctionDef)}
+    about = (ast.get_docstring(classes[0]) or "").partition("\n")[0]
+    return Facts(about=about, hooks=tuple(hook for hook in HOOKS if hook in written), **values)
+
+
+def _loaded(name: str) -> Facts:
+    found = load(name)
+    about = (found.__doc__ or "").strip().partition("\n")[0]
+    hooks = tuple(hook for hook in HOOKS if found.overrides(hook))
+    return Facts(about=about, hooks=hooks, **{key: getattr(found, key) for key in DECLARED})
