@@ -27,7 +27,7 @@ from meristem.evaluation.suite_files import load_suite
 from meristem.evaluation.suites import Suite, Task
 from meristem.evaluation.tasks.generate import Generate
 
-OPTIONS = {"max_length": 64, "max_steps": 20, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+OPTIONS = {"max_length": 64, "max_steps": 40, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
 LOGGED = {"logging_strategy": "steps", "logging_steps": 1}
 FLIPS = "forgetting/negative_flips"
 
@@ -91,19 +91,19 @@ def test_a_plain_sft_run_that_forgets_is_logged_and_stopped(company, tmp_path, c
     trainer.train()
 
     last = trainer.state.global_step
-    assert last < 20 and watch.streak == 2
+    assert last < 40 and watch.streak == 2
     scores, flips = logged(trainer), logged(trainer, FLIPS)
-    assert [step for step, _ in scores] == list(range(0, last + 1, 2))  # ten looks planned, and the start
+    assert [step for step, _ in scores] == list(range(0, last + 1, 4))  # ten looks planned, and the start
     assert scores[0] == (0, 1.0) and scores[-1] == (last, watch.comparison.new_score)
     assert scores[-1][1] < 0.8 and flips[-1][1] == len(watch.flips) == 40 - round(40 * scores[-1][1])
     assert {name.split("/")[0] for name in watch.flips} == {"a"}
     p_values = dict(logged(trainer, "forgetting/p_value"))
-    assert p_values[last] < 0.05 and p_values[last - 2] < 0.05 and p_values[0] == 1.0
+    assert p_values[last] < 0.05 and p_values[last - 4] < 0.05 and p_values[0] == 1.0
     assert p_values[last] == pytest.approx(5 * 0.5 ** len(watch.flips))  # McNemar, and five chances
 
     [line] = [record.getMessage() for record in caplog.records if record.name == "meristem.forgetting"]
     assert line == watch.reason and "\n" not in line
-    assert f"stops at step {last} of 20: 1 -> {scores[-1][1]:.4g} on 40 items of 'a'" in line
+    assert f"at step {last} of 40, training stops: 1 -> {scores[-1][1]:.4g} on 40 items of 'a'" in line
 
     shown = [(step, logs) for step, logs in reporter.seen if "forgetting/score" in logs]
     assert [(step, logs["forgetting/score"]) for step, logs in shown] == scores
@@ -124,17 +124,19 @@ def test_a_harmless_run_goes_on_to_its_end(company, tmp_path):
     watch = ForgettingCallback(company / "a.yaml", patience=1)
     trainer = sft(tmp_path, known(company), "a", watch)
     trainer.train()
-    assert trainer.state.global_step == 20 and watch.reason is None and watch.streak == 0
+    assert trainer.state.global_step == 40 and watch.reason is None and watch.streak == 0
     assert len(logged(trainer)) == 11 and watch.flips == ()
 
 
-@pytest.mark.parametrize("margin", [0.0, 0.6])
-def test_a_loss_within_the_margin_stops_nothing(company, tmp_path, margin):
-    watch = ForgettingCallback(company / "a.yaml", patience=1, margin=margin)
-    trainer = sft(tmp_path, known(company), "b", watch)
-    trainer.train()
-    assert (watch.reason is None) == (margin > 0) == (trainer.state.global_step == 20)
-    assert watch.flips
+def test_a_margin_is_what_may_be_lost(company, tmp_path):
+    stops = []
+    for margin in (0.0, 0.5):
+        watch = ForgettingCallback(company / "a.yaml", patience=1, margin=margin, every=1)
+        trainer = sft(tmp_path, known(company), "b", watch)
+        trainer.train()
+        assert watch.reason and watch.comparison.difference < -margin
+        stops.append(trainer.state.global_step)
+    assert stops[0] < stops[1]
 
 
 def sampled(company):
@@ -198,7 +200,7 @@ def test_a_run_that_was_not_watched_from_its_start_is_refused(company, tmp_path)
 
 
 def test_a_second_training_has_a_baseline_of_its_own(company, tmp_path):
-    watch = ForgettingCallback(company / "a.yaml", patience=None, every=20)
+    watch = ForgettingCallback(company / "a.yaml", patience=None, every=40)
     trainer = sft(tmp_path, known(company), "b", watch)
     trainer.train()
     assert watch.comparison.old_score == 1.0 > watch.comparison.new_score
@@ -293,7 +295,7 @@ def test_a_probe_that_could_show_nothing_is_refused_before_the_first_step(compan
         BadInput, match=r"items of 'few' right before training, and losing fewer than 7 is never sig"
     ):
         sft(tmp_path, untaught, "b", Count(), ForgettingCallback(few)).train()
-    with pytest.raises(BadInput, match="patience 30 with 10 looks in 20 steps could never stop the run"):
+    with pytest.raises(BadInput, match="patience 30 with 10 looks in 40 steps could never stop the run"):
         sft(tmp_path, untaught, "b", Count(), ForgettingCallback(few, patience=30)).train()
     with pytest.raises(BadInput, match="RewardTrainer trains a model that writes no text"):
         make("reward", tmp_path, [], max_steps=1, callbacks=[Count(), ForgettingCallback(few)]).train()

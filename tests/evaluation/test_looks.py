@@ -89,7 +89,7 @@ def test_a_loss_of_just_the_margin_is_rarely_significant(n, margin, gain):
                 p_value = sign_flip_p(blocks, 0, "less")
                 for level in chance:
                     chance[level] += lost.pmf(flipped) * others.pmf(gained) * (p_value < level)
-    assert 0 < chance[0.005] and all(found <= level for level, found in chance.items())
+    assert chance[0.005] > 0 and all(found <= level for level, found in chance.items())
 
 
 def test_the_p_value_is_that_of_the_comparison_and_grows_with_the_margin():

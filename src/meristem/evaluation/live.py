@@ -206,7 +206,7 @@ class ForgettingCallback(TrainerCallback):
         if comparison.unit is None:
             flips = f", {len(comparison.flipped)} right -> wrong and {len(comparison.gained)} wrong -> right"
         self.reason = (
-            f"{self.name}: training stops at step {state.global_step} of {state.max_steps}: "
+            f"{self.name} at step {state.global_step} of {state.max_steps}, training stops: "
             f"{comparison.old_score:.4g} -> {comparison.new_score:.4g} on {comparison.n} items of "
             f"{self.probe.name!r}{flips}; {lost} was significant at {self.streak} "
             f"{'look' if self.streak == 1 else 'looks in a row'} "
