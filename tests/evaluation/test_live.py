@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +30,7 @@ from meristem.evaluation.suite_files import load_suite
 from meristem.evaluation.suites import Suite, Task
 from meristem.evaluation.tasks.generate import Generate
 
+DOCS = Path(__file__).parents[2] / "docs/methods.md"
 OPTIONS = {"max_length": 64, "max_steps": 40, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
 LOGGED = {"logging_strategy": "steps", "logging_steps": 1}
 FLIPS = "forgetting/negative_flips"
@@ -42,6 +46,7 @@ def company(tmp_path_factory):
     trainer = sft(folder, model, "a", max_steps=15)
     trainer.train()
     model.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
     return folder
 
 
@@ -308,3 +313,18 @@ def test_a_bar_is_shown_where_a_look_takes_long(company, tmp_path, monkeypatch, 
         watch = ForgettingCallback(company / "a.yaml", patience=None, every=1)
         sft(tmp_path, known(company), "b", watch, max_steps=1, disable_tqdm=quiet).train()
         assert ("forgetting:" in capfd.readouterr().err) is not quiet
+
+
+def test_the_script_of_the_documentation_runs(company, tmp_path, monkeypatch, capsys):
+    section = DOCS.read_text(encoding="utf-8").partition("## Watching for forgetting")[2]
+    script = re.search(r"```python\n(.*?)```", section, re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    acme.suite_file(tmp_path / "core.yaml", "a")
+    args = SFTConfig(**{**QUIET, "output_dir": str(tmp_path)})
+    names = {"model": known(company), "args": args, "rows": Dataset.from_list(acme.training_rows("a"))}
+    exec(script, names)
+    assert capsys.readouterr().out.endswith("None ()\n")
+    assert logged(names["trainer"])[0] == (0, 1.0) and len(logged(names["trainer"])) == 7
+    for key in ("patience", "every", "margin", "alpha", "name"):
+        default = inspect.signature(ForgettingCallback).parameters[key].default
+        assert f"| `{key}` | {default if key != 'name' else f'`{default}`'} |" in section
