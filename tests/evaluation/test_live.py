@@ -29,6 +29,7 @@ from meristem.evaluation.items import Item, Message
 from meristem.evaluation.suite_files import load_suite
 from meristem.evaluation.suites import Suite, Task
 from meristem.evaluation.tasks.generate import Generate
+from meristem.evaluation.tasks.perplexity import Perplexity
 
 DOCS = Path(__file__).parents[2] / "docs/methods.md"
 OPTIONS = {"max_length": 64, "max_steps": 40, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
@@ -183,12 +184,14 @@ def test_a_resumed_run_is_held_against_the_original_baseline(company, tmp_path):
     whole.train()
     last = whole.state.global_step
     assert first.reason
-    second = ForgettingCallback(company / "a.yaml")
-    resumed = sft(tmp_path, known(company), "b", second, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{last - 1}"))
-    assert resumed.state.global_step == last and second.reason == first.reason
-    assert second.flips == first.flips and logged(resumed) == logged(whole)
-    assert [row["score"] for row in second.baseline] == [row["score"] for row in first.baseline]
+    for restoring in (False, True):  # callbacks that transformers saves come back as others
+        options["restore_callback_states_from_checkpoint"] = restoring
+        second = ForgettingCallback(company / "a.yaml")
+        resumed = sft(tmp_path, known(company), "b", second, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{last - 1}"))
+        assert resumed.state.global_step == last and second.reason == first.reason
+        assert second.flips == first.flips and logged(resumed) == logged(whole)
+        assert [row["score"] for row in second.baseline] == [row["score"] for row in first.baseline]
 
     with pytest.raises(BadInput, match="was watched with another probe than 'both'"):
         other = sft(tmp_path, known(company), "b", ForgettingCallback(sampled(company)), **options)
@@ -259,6 +262,18 @@ def test_a_plain_trainer_is_watched_where_it_has_a_tokenizer(company, tmp_path):
         BadInput, match="Trainer has no tokenizer to read the probe with; give it processing_class="
     ):
         made().train()
+
+
+def test_scores_with_a_unit_are_watched_too(company, tmp_path):
+    """Bits per byte of texts: nothing flips, and the score is minus the bits."""
+    texts = tuple(Item(word, (), "", text=f"A {word} ? 7") for word in acme.WORDS)
+    probe = Suite("bits", (Task("texts", "perplexity", Perplexity(), "general", texts),))
+    watch = ForgettingCallback(probe, patience=1, every=4)
+    trainer = sft(tmp_path, known(company), "b", watch)
+    trainer.train()
+    scores = logged(trainer)
+    assert watch.reason and scores[-1][1] < scores[0][1] < 0 and trainer.state.global_step < 40
+    assert not logged(trainer, FLIPS) and watch.flips == () and "->" in watch.reason
 
 
 def test_two_watches_have_names(company, tmp_path):

@@ -67,6 +67,7 @@ def test_tasks_that_ask_somebody_else_are_no_probe():
         ({"margin": 2}, "margin is a loss that is tolerated, between 0 and 1"),
         ({"margin": float("nan")}, "margin is a loss"),
         ({"margin": "0.1"}, "margin is a loss"),
+        ({"name": ""}, "name is what the logged names begin with, not ''"),
         ({"batch_tokens": 0}, "batch_tokens must be at least 1, not 0"),
     ],
 )  # fmt: skip

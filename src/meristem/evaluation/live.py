@@ -79,7 +79,7 @@ class ForgettingCallback(TrainerCallback):
         name: str = "forgetting",
         batch_tokens: int = EngineSettings.batch_tokens,
     ) -> None:
-        probes.check_settings(patience, every, alpha, batch_tokens)
+        probes.check_settings(patience, every, alpha, name, batch_tokens)
         self.probe = probes.readable(probe)
         probes.check_margin(margin, self.probe)
         self.patience, self.every, self.margin, self.alpha = patience, every, margin, alpha

@@ -36,13 +36,17 @@ def readable(probe: Suite | str | Path) -> Suite:
     return probe
 
 
-def check_settings(patience: int | None, every: int | float, alpha: float, batch_tokens: int) -> None:
+def check_settings(
+    patience: int | None, every: int | float, alpha: float, name: str, batch_tokens: int
+) -> None:
     if patience is not None and not _count(patience):
         raise BadInput(f"patience is a number of looks, 1 or more, or None to only watch, not {patience!r}")
     if not _count(every) and not (isinstance(every, float) and 0 < every < 1):
         raise BadInput(f"every is a number of steps or a share of them between 0 and 1, not {every!r}")
     if not isinstance(alpha, float) or not 0 < alpha < 0.5:
         raise BadInput(f"alpha is a chance between 0 and 0.5 (for example 0.05), not {alpha!r}")
+    if not isinstance(name, str) or not name.strip():
+        raise BadInput(f"name is what the logged names begin with, not {name!r}")
     if not _count(batch_tokens):
         raise BadInput(f"batch_tokens must be at least 1, not {batch_tokens!r}")
 
