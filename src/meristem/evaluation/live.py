@@ -25,6 +25,7 @@ from meristem.engine.identity import EngineSettings
 from meristem.errors import BadInput, TrainingFailed
 from meristem.evaluation import probes
 from meristem.evaluation.comparison import Comparison, compare
+from meristem.evaluation.exports.scales import scale
 from meristem.evaluation.looks import Looks, loss_p
 from meristem.evaluation.results import ItemResult
 from meristem.evaluation.run import evaluate
@@ -201,13 +202,14 @@ class ForgettingCallback(TrainerCallback):
     ) -> None:
         assert self.looks is not None
         control.should_training_stop = True
+        shown = scale(comparison.unit).plain
         lost = f"a loss of more than {self.margin:g}" if self.margin else "the loss"
         flips = ""
         if comparison.unit is None:
             flips = f", {len(comparison.flipped)} right -> wrong and {len(comparison.gained)} wrong -> right"
         self.reason = (
             f"{self.name} at step {state.global_step} of {state.max_steps}, training stops: "
-            f"{comparison.old_score:.4g} -> {comparison.new_score:.4g} on {comparison.n} items of "
+            f"{shown(comparison.old_score)} -> {shown(comparison.new_score)} on {comparison.n} items of "
             f"{self.probe.name!r}{flips}; {lost} was significant at {self.streak} "
             f"{'look' if self.streak == 1 else 'looks in a row'} "
             f"(p {self.looks.adjusted(p_value):.2g} < {self.alpha:g}, corrected for {self.looks.count} looks)"
