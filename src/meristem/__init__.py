@@ -13,12 +13,14 @@ from meristem._version import __version__
 if TYPE_CHECKING:
     from meristem import methods
     from meristem.evaluation.comparison import compare
+    from meristem.evaluation.live import ForgettingCallback
     from meristem.training.continual import continual
     from meristem.workspace import Workspace
 
-__all__ = ["Workspace", "__version__", "compare", "continual", "methods"]
+__all__ = ["ForgettingCallback", "Workspace", "__version__", "compare", "continual", "methods"]
 
 _HOME = {
+    "ForgettingCallback": ("meristem.evaluation.live", "ForgettingCallback"),
     "Workspace": ("meristem.workspace", "Workspace"),
     "compare": ("meristem.evaluation.comparison", "compare"),
     "continual": ("meristem.training.continual", "continual"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from meristem.config import known_device
@@ -80,17 +81,23 @@ def load(
 
 def wrap(model: Any, tokenizer: Any, settings: EngineSettings) -> Engine:
     """An engine around a model that is already in memory (puts it into eval mode)."""
+    return wrapped(model, tokenizer, settings)[0]
+
+
+def wrapped(model: Any, tokenizer: Any, settings: EngineSettings) -> tuple[Engine, RemovableHandle]:
+    """``wrap``, and the handle of the hook that it leaves on the model."""
     stop_ids = _stop_ids(model, tokenizer)
     # sampling settings shipped with a model (temperature, repetition penalty) must not reach a measurement
     getattr(model, "get_base_model", lambda: model)().generation_config = GenerationConfig()
     model.eval()
     # The last position's hidden states are a strided view; multiplied as such with a head that needs no gradient
     # (any PEFT model's), torch falls back to bmm and copies the head once per row of the batch.
-    model.get_output_embeddings().register_forward_pre_hook(
+    hook = model.get_output_embeddings().register_forward_pre_hook(
         lambda _, inputs: (inputs[0].contiguous(), *inputs[1:])
     )
     config = model.config.get_text_config()
-    return Engine(model, tokenizer, settings, stop_ids, getattr(config, "max_position_embeddings", None))
+    longest = getattr(config, "max_position_embeddings", None)
+    return Engine(model, tokenizer, settings, stop_ids, longest), hook
 
 
 def _check_settings(dtype: str, device: str, batch_tokens: int) -> None:

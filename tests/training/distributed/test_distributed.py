@@ -38,6 +38,7 @@ def runs(tmp_path_factory):
     )
     try:
         single = {"ddp": worker.all_ddp(folder / "one", 1), "fsdp": worker.fsdp(folder / "one")}
+        single["watched"] = worker.watched(folder / "one", 1)
         output, _ = started.communicate(timeout=200)
     finally:
         started.kill()
@@ -138,3 +139,21 @@ def test_what_cannot_work_on_sharded_weights_says_so_by_name(runs):
         assert "make it a penalty" in said.pop("row-term")
         assert set(said) == {name for name, found in all_facts().items() if not found.sharded}
         assert all(name in line and "\n" not in line for name, line in said.items()), said
+
+
+def test_a_watched_run_is_stopped_on_both_ranks_at_the_step_of_one_process(runs):
+    ranks, single, _ = runs
+    one = single["watched"]
+    assert one["reason"] and one["flips"] and 2 <= one["step"] < 12
+    first, second = (rank["watched"] for rank in ranks)
+    assert first == second and first["step"] == one["step"] and first["scores"][0] == one["scores"][0]
+
+
+def test_ranks_that_see_different_answers_go_on_together_by_those_of_the_first(runs):
+    first, second = (rank["apart"] for rank in runs[0])
+    assert first == second and first["step"] == 12 and first["reason"] is None
+    assert {line["forgetting/score"] for line in first["scores"]} == {1.0}
+
+
+def test_a_watch_refuses_sharded_weights(runs):
+    assert all("the weights are sharded" in rank["unwatched"] for rank in runs[0])

@@ -13,11 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from tests.tiny import new_model
+from tests.tiny import new_model, tiny_tokenizer
 from tests.training.stream import weights
 from tests.training.trainers import data, make, new_reward_model
 
-from meristem.errors import Clash
+from meristem import ForgettingCallback
+from meristem.engine.borrow import borrowed
+from meristem.errors import BadInput, Clash
+from meristem.evaluation import live
+from meristem.evaluation.items import Item, Message
+from meristem.evaluation.run import evaluate
+from meristem.evaluation.suites import Suite, Task
+from meristem.evaluation.tasks.choice import Choice
 from meristem.methods import EWC, ExperienceReplay, Method, available, build
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.5}
@@ -118,6 +125,45 @@ def all_ddp(folder: Path, processes: int) -> dict[str, Any]:
     return results
 
 
+def probe() -> Suite:
+    """What the new model answers to 24 questions is taken for right."""
+
+    def asked(answers: list[str]) -> Suite:
+        items = (
+            Item(f"i{n}", (Message("user", f"A:{n}="),), answer, tuple("0123456789"))
+            for n, answer in enumerate(answers)
+        )
+        return Suite("probe", (Task("t", "choice", Choice(), "target", tuple(items)),))
+
+    with borrowed(new_model(), tiny_tokenizer()) as engine:
+        return asked([row["prediction"] for row in evaluate(engine, asked(["0"] * 24))])
+
+
+def watched(folder: Path, processes: int, rate: float = 0.01) -> dict[str, Any]:
+    """A run that forgets, stopped by its watch; no look waits for another rank."""
+    watch = ForgettingCallback(probe(), patience=2, every=1)
+    options = {"max_steps": 12, "optim": "adamw_torch", "learning_rate": rate, "callbacks": [watch], **LOGGED}
+    options |= {"per_device_train_batch_size": 8 // processes}
+    trainer = make("sft", folder / "watched", [], data("sft", 12, "B"), **options)
+    trainer.train()
+    scores = [line for line in trainer.state.log_history if "forgetting/score" in line]
+    return {"scores": scores, "step": trainer.state.global_step, "flips": watch.flips, "reason": watch.reason}
+
+
+def apart(folder: Path, rank: int) -> dict[str, Any]:
+    """The same with nothing learnt, while rank 1 takes every answer for wrong."""
+    measure = live.evaluate
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        return [{**row, "score": 0.0} for row in measure(*args, **kwargs)]
+
+    live.evaluate = wrong if rank else measure
+    try:
+        return watched(folder, 2, rate=0.0)
+    finally:
+        live.evaluate = measure
+
+
 def fsdp(folder: Path, mesh: Any = None) -> dict[str, Any]:
     """SFT with replay and EWC over two updates; the same rows on every rank, so one process gives the same."""
     state: Any = None
@@ -169,9 +215,19 @@ def refusals(folder: Path, mesh: Any) -> dict[str, str]:
     return said
 
 
+def unwatched(folder: Path, mesh: Any) -> str:
+    """What a watch says to sharded weights."""
+    watch = ForgettingCallback(probe())
+    try:
+        make("sft", folder, [], 4, model=shard(new_model(), mesh), max_steps=8, callbacks=[watch]).train()
+    except BadInput as refused:
+        return str(refused)
+    return ""
+
+
 def main(folder: Path) -> None:
     rank = int(os.environ["RANK"])
-    results = {"ddp": all_ddp(folder, 2)}
+    results = {"ddp": all_ddp(folder, 2), "watched": watched(folder, 2), "apart": apart(folder, rank)}
     # accelerate turns FSDP2 on a CPU into DDP: hide the launch from it and keep the process group
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from torch.distributed.device_mesh import init_device_mesh
@@ -183,6 +239,7 @@ def main(folder: Path) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     results["fsdp"] = fsdp(folder / f"fsdp-{rank}", mesh)
     results["refused"] = refusals(folder / f"fsdp-{rank}", mesh)
+    results["unwatched"] = unwatched(folder / f"fsdp-{rank}", mesh)
     torch.save(results, folder / f"rank-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
