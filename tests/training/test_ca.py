@@ -120,14 +120,14 @@ def test_interrupted_and_resumed_gives_the_same_weights(model, parent, tmp_path)
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_replay_mixes_pairs_and_ewc_is_refused_by_name(model, tmp_path):
+def test_replay_mixes_pairs_and_o_lora_is_refused_by_name(model, tmp_path):
     old = [{**row, "id": f"old-{row['id']}", "task": "brief"} for row in ROWS]
     replay = [MethodConfig(name="experience-replay", arguments={"ratio": 0.5})]
     trainer = build(model, None, tmp_path, history={"brief": old}, methods=replay)
     assert sorted(set(trainer.train_dataset["task"])) == ["brief", "polite"]
     assert len(trainer.train_dataset) == 16
-    with pytest.raises(Clash, match="method ewc works in stages cit, cpt, not in ca"):
-        build(model, None, tmp_path, methods=[MethodConfig(name="ewc")])
+    with pytest.raises(Clash, match="method o-lora works in stages cit, cpt, not in ca"):
+        build(model, None, tmp_path, methods=[MethodConfig(name="o-lora")])
 
 
 def test_rows_that_would_be_cut_or_do_not_fit_are_refused(model, tmp_path):

@@ -197,7 +197,7 @@ class NeedsRows(Method):
         self.total = sum(float(ctx.loss(batch)) for batch in ctx.batches())
 
 
-@pytest.mark.parametrize("kind", ["dpo", "reward", "grpo", "distillation"])
+@pytest.mark.parametrize("kind", ["reward", "grpo", "distillation"])
 def test_a_method_that_needs_likelihoods_is_refused_where_there_are_none(kind):
     with pytest.raises(Clash, match=r"needs-rows needs the likelihood of rows, and .* use SFTTrainer"):
         continual(CLASSES[kind][0], [NeedsRows()])
