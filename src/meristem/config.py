@@ -214,6 +214,13 @@ class Recipe(_Strict):
         kept = {key: value for key, value in fields.items() if key not in later or value != default[key]}
         return {"schema": RECIPE_SCHEMA, **kept}
 
+    def slower(self, factor: float) -> Recipe:
+        """With its rates times ``factor``, except a constant rate and what is below it: that is the line's."""
+        rates = {"learning_rate": max(self.learning_rate * factor, self.constant_rate or 0.0)}
+        if self.schedule == "wsd" and self.final_rate is not None:
+            rates["final_rate"] = self.final_rate * factor
+        return self.model_copy(update=rates)
+
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> Recipe:
         return cls.model_validate({key: value for key, value in document.items() if key != "schema"})

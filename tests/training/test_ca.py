@@ -278,3 +278,6 @@ def test_rows_that_would_be_cut_or_do_not_fit_are_refused(model, tmp_path):
         build(model, None, tmp_path, rows=rows, max_length=100)
     with pytest.raises(BadInput, match="row x: stage ca needs prompt, chosen and rejected"):
         build(model, None, tmp_path, rows=[{"id": "x", "task": "t", "prompt": "a", "completion": "b"}])
+    tie = {**ROWS[0], "id": "tie", "rejected": ROWS[0]["chosen"]}
+    with pytest.raises(BadInput, match="row tie: chosen and rejected are the same answer"):
+        build(model, None, tmp_path, rows=[*ROWS, tie])

@@ -106,15 +106,17 @@ def test_documents_are_kept_apart_in_labels_positions_and_attention(model, tmp_p
     cut = [text[at : at + 16] for text in texts(trainer) for at in range(0, len(text), 16)]
     assert sorted(piece.tolist() for piece in pieces) == sorted(cut)  # nothing dropped, whole where it fits
     assert any(len(block) > 1 for block in trainer.train_dataset["seq_lengths"])
-    with torch.no_grad():
-        packed = trainer.compute_loss(trainer.model, dict(batch))
-        total = sum(
-            cross_entropy(
-                trainer.model(piece[None], use_cache=False).logits[0, :-1], piece[1:], reduction="sum"
-            )
-            for piece in pieces
-        )
-    assert float(packed) == pytest.approx(float(total) / (batch["labels"] != -100).sum().item(), rel=1e-5)
+    counted = (batch["labels"] != -100).sum().item()
+    for attention in ("sdpa", "eager"):
+        trainer.model.set_attn_implementation(attention)
+        with torch.no_grad():
+            packed = float(trainer.compute_loss(trainer.model, dict(batch)))
+            alone = [trainer.model(piece[None], use_cache=False).logits[0, :-1] for piece in pieces]
+            losses = [
+                cross_entropy(logits, piece[1:], reduction="sum")
+                for logits, piece in zip(alone, pieces, strict=True)
+            ]
+        assert packed == pytest.approx(float(sum(losses)) / counted, rel=1e-5)
 
 
 class NeedsIds(Method):

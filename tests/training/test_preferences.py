@@ -75,8 +75,27 @@ def test_a_precomputed_reference_trains_to_the_same_weights(tmp_path):
     for precompute in (False, True):
         options = {"max_steps": 3, "task": "B", "history": {"A": data("dpo", 4)}, "model": lora()}
         methods = [ExperienceReplay(ratio=0.5), EWC(samples=2)]
-        trainer = make("dpo", tmp_path, methods, 4, precompute_ref_log_probs=precompute, **options)
+        given = data("dpo", 4, "B")
+        trainer = make("dpo", tmp_path, methods, given, precompute_ref_log_probs=precompute, **options)
         trainer.train()
         found.append({name: value.detach() for name, value in trainer.parameters().items()})
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("limit", [64, 10])
+def test_a_batch_for_a_likelihood_is_the_prompt_and_its_chosen_answer(limit, tmp_path):
+    """The same tokens as in the pairs that DPOTrainer collates, cut where it cuts them."""
+    trainer = make("dpo", tmp_path, [], 4, max_length=limit, model=lora())
+    (found,) = trainer.context.batches(batch_size=4)
+    pairs = trainer.data_collator(list(trainer.train_dataset))
+    order = [trainer.train_dataset["id"].index(f"A-{n}") for n in range(4)]
+    tokens, mask = pairs["input_ids"][:4][order], pairs["completion_mask"][:4][order].bool()
+    width = int(pairs["attention_mask"][:4].sum(1).max())
+    assert torch.equal(found["input_ids"], tokens[:, :width]) and width <= limit
+    assert torch.equal(found["labels"], tokens.masked_fill(~mask, -100)[:, :width])
+    assert torch.equal(found["attention_mask"], pairs["attention_mask"][:4][order][:, :width])
+    logits = trainer.model(tokens[:, :width], attention_mask=found["attention_mask"]).logits.log_softmax(-1)
+    likely = logits[:, :-1].gather(2, tokens[:, 1:width, None])[..., 0]
+    expected = -likely[mask[:, 1:width]].mean()
+    torch.testing.assert_close(trainer.context.loss(found), expected, rtol=1e-5, atol=1e-6)

@@ -80,11 +80,13 @@ def model(tmp_path_factory):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_run_and_its_resumption_have_the_rates_of_the_formula(name, model, tmp_path):
-    recipe = recipe_of(name, batch_size=4, max_length=16, max_steps=7, checkpoint_steps=5)
+    recipe = recipe_of(name, batch_size=4, max_length=16, max_steps=7, checkpoint_steps=5, weight_decay=0.1)
     trainer = cpt.build_trainer(recipe, **job(model, tmp_path))
     trainer.train()
     expected = [formula(name, t, 7, **SETTINGS[name]) for t in range(7)]
     assert rates(trainer) == pytest.approx(expected, rel=1e-12)
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.AdamW)  # whose weight decay is decoupled
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups if group["params"]} == {0.1}
     resumed = cpt.build_trainer(recipe, **job(model, tmp_path))
     resumed.train(resume_from_checkpoint=tmp_path / "checkpoint-5")
     assert rates(resumed) == rates(trainer)
@@ -196,6 +198,14 @@ def test_older_recipes_keep_their_document():
         recipe = recipe_of(name)
         assert Recipe.from_document(recipe.document()) == recipe
         assert {*SETTINGS[name]} <= recipe.document().keys()
+
+
+def test_a_slower_recipe_still_holds_together():
+    assert Recipe(learning_rate=0.02).slower(0.5).learning_rate == 0.01
+    for name in ("wsd", "start", "continue"):
+        slower = recipe_of(name).slower(0.125)
+        assert Recipe.from_document(slower.document()) == slower
+        assert slower.constant_rate == recipe_of(name).constant_rate
 
 
 # ---- the lineage ------------------------------------------------------------------------------------------------

@@ -166,8 +166,7 @@ def _recipe(settings: ModelSettings, attempt: int, kind: str) -> Recipe:
     built = [parse(text) for text in chosen]
     methods = [{"name": method.label, "arguments": method.arguments()} for method in built]
     recipe = resolve_recipe(settings.recipe, {"methods": methods})
-    gentler = recipe.learning_rate * 0.5 ** max(0, attempt - 2)
-    return recipe.model_copy(update={"learning_rate": gentler})
+    return recipe.slower(0.5 ** max(0, attempt - 2))
 
 
 def _criteria(

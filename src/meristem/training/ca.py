@@ -4,7 +4,7 @@ With u = log pi(y+|x) - log ref(y+|x) for the chosen answer, v the same for the 
 e = ``label_smoothing``, ``recipe.preference.loss`` is per pair
 
     sigmoid       -log sigmoid(d)                                            DPO, arXiv 2305.18290
-    sigmoid_norm  the same with u and v divided by the tokens of their answer       arXiv 2405.14734 (with a reference)
+    sigmoid_norm  the same with u and v divided by the tokens of their answer       arXiv 2411.15124
     hinge         max(0, 1 - d)                                              SLiC, arXiv 2309.06657
     ipo           (u/|y+| - v/|y-| - 1 / (2 beta))^2                          arXiv 2310.12036
     robust        (-(1 - e) log sigmoid(d) + e log sigmoid(-d)) / (1 - 2 e)   arXiv 2403.00409
@@ -66,6 +66,10 @@ def as_preference(row: Row) -> Row:
     """A row as TRL's conversational preference pair, so that the chat template is applied."""
     if not {"prompt", "chosen", "rejected"} <= row.keys():
         raise BadInput(f"row {row.get('id')}: stage ca needs prompt, chosen and rejected")
+    if row["chosen"] == row["rejected"]:
+        raise BadInput(
+            f"row {row.get('id')}: chosen and rejected are the same answer; correct it or leave it out"
+        )
     kept: Row = {key: row[key] for key in ("id", "task") if key in row}
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     for key, role in roles.items():

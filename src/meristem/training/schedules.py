@@ -6,15 +6,15 @@ phase of ``infinite`` begins with eta t / w for t < w. Then:
     linear     eta (n - t) / (n - w)
     cosine     eta (1 + cos(pi (t - w) / (n - w))) / 2                    Loshchilov & Hutter (arXiv 1608.03983)
     constant   eta
-    wsd        eta, and in the last d = ceil(n ``decay_share``) steps
-               f + (eta - f) (1 - sqrt((t - n + d) / d))                  Haegele et al. (arXiv 2405.18392)
+    wsd        eta, and in the last d = ceil(n ``decay_share``) steps     Hu et al. (arXiv 2404.06395), with the decay
+               f + (eta - f) (1 - sqrt((t - n + d) / d))                  of Haegele et al. (arXiv 2405.18392)
     infinite   start: c + (eta - c) (1 + cos(pi (t - w) / k)) / 2 for k = ceil(n ``cooldown_share``) steps, then c
                continue: c
                anneal: c, and in the last d steps c (f / c)^((t - n + d) / d)
 
 with f = ``final_rate`` (a warm-up of ``wsd`` begins at f) and c = ``constant_rate``. The infinite schedule is the
-cosine one of Ibrahim et al. (arXiv 2403.08763) and Singh et al. (arXiv 2503.02844, eq. 1), cut where updates end:
-one ``start``, then any number of ``continue``, and ``anneal`` on a branch that nothing continues.
+cosine one of Ibrahim et al. (arXiv 2403.08763) and Singh et al. (arXiv 2503.02844), cut where updates end: one
+``start``, then any number of ``continue``, and ``anneal`` on a branch that nothing continues.
 
 All but ``infinite`` are transformers' own. A rate is a function of t alone, so that a resumed run has the same ones.
 """
