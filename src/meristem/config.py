@@ -156,9 +156,7 @@ class Recipe(_Strict):
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
     cooldown_share: Share | None = None  # infinite: from learning_rate to constant_rate
     constant_rate: Rate | None = None  # infinite: held from update to update
-    phase: Literal["start", "continue", "anneal"] | None = (
-        None  # infinite: settled by the parent when left out
-    )
+    phase: Literal["start", "continue", "anneal"] | None = None  # infinite: left out, the parent settles it
     decay_share: Share | None = None  # wsd, and infinite while annealing: at the end
     final_rate: Annotated[float, Field(ge=0)] | None = None  # wsd, and infinite while annealing
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -168,9 +166,7 @@ class Recipe(_Strict):
     batch_size: Annotated[int, Field(ge=1)] = 8
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     max_length: Annotated[int, Field(ge=8)] = 512
-    packing: bool | Literal["documents"] = (
-        False  # stage cpt: texts joined and cut into full blocks, or kept apart
-    )
+    packing: bool | Literal["documents"] = False  # stage cpt: texts joined into full blocks, or kept apart
     preference: Preference = Preference()  # stage ca
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: Device = "cpu"
@@ -215,8 +211,9 @@ class Recipe(_Strict):
         return {"schema": RECIPE_SCHEMA, **kept}
 
     def slower(self, factor: float) -> Recipe:
-        """With its rates times ``factor``, except a constant rate and what is below it: that is the line's."""
-        rates = {"learning_rate": max(self.learning_rate * factor, self.constant_rate or 0.0)}
+        """With its rates times ``factor`` (at most 1), except a constant rate and what is below it: that is the line's."""
+        lower = max(self.learning_rate * factor, self.constant_rate or 0.0)
+        rates = {"learning_rate": min(self.learning_rate, lower)}
         if self.schedule == "wsd" and self.final_rate is not None:
             rates["final_rate"] = self.final_rate * factor
         return self.model_copy(update=rates)

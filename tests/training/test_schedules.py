@@ -284,6 +284,14 @@ def test_another_constant_rate_than_the_lines_is_refused(line):
     assert (fresh.phase, fresh.constant_rate) == ("start", 0.002)
 
 
+def test_after_a_release_the_line_goes_on_and_is_judged_against_what_was_released(line):
+    made = line.update("support", data=["a"], recipe=INFINITE).version
+    assert made.record.parents == [line.version("support@v3").digest]
+    decision = line.propose(made).record
+    assert decision.champion == line.version("support@v4").digest
+    assert {gate.suite for gate in decision.gates} >= {"a", "b"}
+
+
 def test_data_that_only_the_annealed_branch_learned_is_not_lost_silently(released, copy):
     ws = ms.Workspace.open(copy(released), actor="kim")
     for data, more in (("a", {"phase": "start"}), ("b", {"phase": "anneal"})):

@@ -34,9 +34,7 @@ _STAGES: dict[str, frozenset[str]] = {
 _GENERATING = frozenset(
     {"GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "GKDTrainer", "SDFTTrainer", "DistillationTrainer"}
 )
-_PREFERRING = frozenset(
-    {"KTOTrainer", "CPOTrainer", "ORPOTrainer", "RewardTrainer"}
-)  # and not of chosen answers
+_PREFERRING = frozenset({"KTOTrainer", "CPOTrainer", "ORPOTrainer", "RewardTrainer"})
 
 
 class PrivateHooks:
