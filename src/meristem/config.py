@@ -102,19 +102,63 @@ class MethodConfig(_Strict):
     arguments: dict[str, Any] = {}
 
 
+class Preference(_Strict):
+    """The loss of stage ``ca`` over pairs of answers: a member of the DPO family (``training.ca`` has the formulas)."""
+
+    loss: Literal[
+        "sigmoid",
+        "sigmoid_norm",
+        "hinge",
+        "ipo",
+        "robust",
+        "exo_pair",
+        "nca_pair",
+        "bco_pair",
+        "sppo_hard",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+    ] = "sigmoid"
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+
+    @model_validator(mode="after")
+    def _smooths(self) -> Preference:
+        smoothed = self.loss in ("robust", "exo_pair")
+        if smoothed and not self.label_smoothing:
+            raise ValueError(f"loss {self.loss} needs label_smoothing above 0: the share of flipped pairs")
+        if self.label_smoothing and not smoothed:
+            raise ValueError(f"loss {self.loss} has no label_smoothing; leave it out, or take loss robust")
+        return self
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Rate = Annotated[float, Field(gt=0)]
+
+_PARTS = {  # what a schedule has beside warm-up
+    "wsd": ("decay_share", "final_rate"),
+    "infinite": ("phase", "cooldown_share", "constant_rate", "decay_share", "final_rate"),
+}
+
+
 class Recipe(_Strict):
     """Every choice of a training run. Stored resolved with the run; never names an import path.
 
     What ``lora`` leaves out is settled when an update is planned: as in the adapter that is continued, else the
-    defaults (``training.recipes``).
+    defaults (``training.recipes``), and so is what ``schedule: infinite`` leaves out.
     """
 
     stage: Literal["cit", "cpt", "ca"] = "cit"
     lora: Lora | None = None
     methods: list[MethodConfig] = []
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "constant", "wsd", "infinite"] = "linear"
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    cooldown_share: Share | None = None  # infinite: from learning_rate to constant_rate
+    constant_rate: Rate | None = None  # infinite: held from update to update
+    phase: Literal["start", "continue", "anneal"] | None = None  # infinite: left out, the parent settles it
+    decay_share: Share | None = None  # wsd, and infinite while annealing: at the end
+    final_rate: Annotated[float, Field(ge=0)] | None = None  # wsd, and infinite while annealing
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     epochs: Annotated[float, Field(gt=0)] = 3.0
@@ -122,22 +166,57 @@ class Recipe(_Strict):
     batch_size: Annotated[int, Field(ge=1)] = 8
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     max_length: Annotated[int, Field(ge=8)] = 512
-    packing: bool = False  # stage cpt: texts joined into full blocks
+    packing: bool | Literal["documents"] = False  # stage cpt: texts joined into full blocks, or kept apart
+    preference: Preference = Preference()  # stage ca
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: Device = "cpu"
     checkpoint_steps: Annotated[int, Field(ge=1)] = 20
     seed: int = 0
 
     @model_validator(mode="after")
-    def _packs_text(self) -> Recipe:
+    def _of_its_stage(self) -> Recipe:
         if self.packing and self.stage != "cpt":
             raise ValueError("only stage cpt packs; leave it out")
+        if self.preference != Preference() and self.stage != "ca":
+            raise ValueError("preference is the loss of stage ca; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_holds_together(self) -> Recipe:
+        for key in _PARTS["infinite"]:
+            if getattr(self, key) is not None and key not in _PARTS.get(self.schedule, ()):
+                raise ValueError(f"schedule {self.schedule} has no {key}; leave it out")
+        top = self.learning_rate
+        if self.schedule == "infinite":
+            if self.final_rate == 0:
+                raise ValueError("final_rate is 0, which the exponential annealing never reaches; raise it")
+            if self.phase == "start" and (self.constant_rate or 0) > top:
+                raise ValueError("constant_rate is above learning_rate, from which the rate cools down to it")
+            top = self.constant_rate or top
+        if self.final_rate is not None and self.final_rate >= top:
+            raise ValueError("final_rate is not below the rate that decays to it")
+        at_most = {"cooldown_share": self.cooldown_share} if self.schedule == "infinite" else {}
+        if self.schedule == "wsd":
+            at_most = {"decay_share": self.decay_share}
+        for key, share in at_most.items():
+            if self.warmup_share + (share or 0) > 1:
+                raise ValueError(f"warmup_share and {key} are more than all steps together; lower one")
         return self
 
     def document(self) -> dict[str, Any]:
-        """``packing``, a later key, stands there only when it is on: older recipes keep their digest."""
-        fields = self.model_dump(mode="json")
-        return {"schema": RECIPE_SCHEMA, **{k: v for k, v in fields.items() if k != "packing" or v}}
+        """Keys that came later stand there only when they are not the default: older recipes keep their digest."""
+        fields, default = self.model_dump(mode="json"), Recipe().model_dump(mode="json")
+        later = {"packing", "preference", *_PARTS["infinite"]}
+        kept = {key: value for key, value in fields.items() if key not in later or value != default[key]}
+        return {"schema": RECIPE_SCHEMA, **kept}
+
+    def slower(self, factor: float) -> Recipe:
+        """With its rates times ``factor`` (at most 1), except a constant rate and what is below it: that is the line's."""
+        lower = max(self.learning_rate * factor, self.constant_rate or 0.0)
+        rates = {"learning_rate": min(self.learning_rate, lower)}
+        if self.schedule == "wsd" and self.final_rate is not None:
+            rates["final_rate"] = self.final_rate * factor
+        return self.model_copy(update=rates)
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> Recipe:

@@ -73,8 +73,8 @@ def test_unknown_methods_are_named(text, message):
 
 
 def test_a_method_that_does_not_work_in_the_stage_is_refused():
-    with pytest.raises(BadInput, match="method ewc works in stages cit, cpt, not in ca"):
-        read_method("ewc", "ca")
+    with pytest.raises(BadInput, match="method o-lora works in stages cit, cpt, not in ca"):
+        read_method("o-lora", "ca")
 
 
 def test_bounds_run_once_whatever_the_orders():

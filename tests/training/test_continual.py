@@ -305,7 +305,7 @@ def test_methods_that_cannot_work_together_are_refused_by_name(tmp_path):
         (Trainer, [Rebuild(), RebuildToo()], "rebuild and rebuild-too"),
         (Trainer, [EWC(), EWC(strength=1)], "ewc is given twice"),
         (type("SFTTrainer", (Trainer,), {}), [RewardsOnly()], "rewards-only works in stages rl"),
-        (generating, [EWC()], "ewc works in stages cit, cpt, not in rl"),
+        (generating, [EWC()], "ewc works in stages ca, cit, cpt, not in rl"),
         (generating, [Twice()], "twice runs a batch twice"),
     ):
         with pytest.raises(Clash, match=words):

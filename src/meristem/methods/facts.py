@@ -26,7 +26,7 @@ DECLARED = (
 TRAINERS: dict[str, tuple[str, frozenset[str]]] = {
     "Trainer": ("any", frozenset({"likelihood", "next-token"})),
     "SFTTrainer": ("cpt cit", frozenset({"likelihood", "next-token"})),
-    "DPOTrainer": ("ca", frozenset({"next-token"})),
+    "DPOTrainer": ("ca", frozenset({"likelihood", "next-token"})),
     "RewardTrainer": ("ca", frozenset()),
     "GRPOTrainer": ("rl", frozenset()),
     "DistillationTrainer": ("rl", frozenset()),

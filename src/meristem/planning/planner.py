@@ -17,7 +17,7 @@ from meristem.evaluation.contamination import refuse_leaks
 from meristem.methods.registry import parse
 from meristem.release import criteria
 from meristem.store.store import Store, Transaction, read_document
-from meristem.training.recipes import settled
+from meristem.training.recipes import continued, settled
 
 # What each kind of signal is answered with; signals that bring no data wait for some.
 _RETRY = {"regression", "incident"}
@@ -87,7 +87,9 @@ def record_plan(
     """
     if recipe is not None:
         with store.database.read() as connection:
-            parent = versions.by_digest(connection, plan.parent)
+            champion = versions.by_digest(connection, plan.parent)
+        parent = continued(store, recipe, champion, plan.data)
+        plan = plan.model_copy(update={"parent": parent.digest})
         recipe = settled(store, recipe, parent)
         for digest in plan.data:
             _refuse_unfit(store, digest, recipe.stage)
@@ -164,8 +166,7 @@ def _recipe(settings: ModelSettings, attempt: int, kind: str) -> Recipe:
     built = [parse(text) for text in chosen]
     methods = [{"name": method.label, "arguments": method.arguments()} for method in built]
     recipe = resolve_recipe(settings.recipe, {"methods": methods})
-    gentler = recipe.learning_rate * 0.5 ** max(0, attempt - 2)
-    return recipe.model_copy(update={"learning_rate": gentler})
+    return recipe.slower(0.5 ** max(0, attempt - 2))
 
 
 def _criteria(

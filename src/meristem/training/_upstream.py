@@ -34,7 +34,7 @@ _STAGES: dict[str, frozenset[str]] = {
 _GENERATING = frozenset(
     {"GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "GKDTrainer", "SDFTTrainer", "DistillationTrainer"}
 )
-_PREFERRING = frozenset({"DPOTrainer", "KTOTrainer", "CPOTrainer", "ORPOTrainer", "RewardTrainer"})
+_PREFERRING = frozenset({"KTOTrainer", "CPOTrainer", "ORPOTrainer", "RewardTrainer"})
 
 
 class PrivateHooks:
@@ -119,7 +119,10 @@ def generates_inputs(trainer_class: type) -> bool:
 
 
 def has_likelihood(trainer_class: type) -> bool:
-    """Whether its batches are token ids with labels for a language model; assumed of trainers we do not know."""
+    """Whether rows become token ids with labels for a language model (of a pair: the prompt and its chosen answer).
+
+    Assumed of trainers we do not know.
+    """
     return not any(base.__name__ in _GENERATING | _PREFERRING for base in trainer_class.__mro__)
 
 
@@ -151,7 +154,10 @@ def tokenized(trainer: Any, rows: Sequence[dict[str, Any]]) -> Dataset:
     data = Dataset.from_list([dict(row) for row in rows])
     if "input_ids" in data.column_names:
         return data
-    if not any(base.__name__ == "SFTTrainer" for base in type(trainer).__mro__):
+    if _is(trainer, "DPOTrainer"):
+        pairs = trainer._prepare_dataset(data, trainer.processing_class, trainer.args, "method")
+        return pairs.map(_chosen, fn_kwargs={"limit": trainer.args.max_length})
+    if not _is(trainer, "SFTTrainer"):
         raise Clash(
             f"{type(trainer).__name__} cannot turn raw rows into likelihood batches: use SFTTrainer or rows "
             "with input_ids and labels"
@@ -164,6 +170,25 @@ def tokenized(trainer: Any, rows: Sequence[dict[str, Any]]) -> Dataset:
         )
     finally:
         trainer.args.shuffle_dataset = shuffle
+
+
+def _chosen(pair: dict[str, Any], limit: int | None) -> dict[str, list[int]]:
+    """Prompt and chosen answer of a tokenized pair, the answer labelled, cut as DPOTrainer's collator cuts them."""
+    prompt, answer = pair["prompt_ids"], pair["chosen_ids"]
+    return {"input_ids": (prompt + answer)[:limit], "labels": ([-100] * len(prompt) + answer)[:limit]}
+
+
+def likelihood_collator(trainer: Any) -> Any:
+    """What makes a batch of ``tokenized`` rows: the trainer's own collator, except where that one pairs answers."""
+    if not _is(trainer, "DPOTrainer"):
+        return trainer.data_collator
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    return DataCollatorForLanguageModeling(pad_token_id=trainer.processing_class.pad_token_id)
+
+
+def _is(trainer: Any, name: str) -> bool:
+    return any(base.__name__ == name for base in type(trainer).__mro__)
 
 
 def backbone(model: nn.Module) -> nn.Module:

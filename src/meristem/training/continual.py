@@ -145,9 +145,10 @@ class ContinualTrainer(_upstream.PrivateHooks):
             if any(label != -100 for label in _rows.labels(row))
         ]
         keep = {"input_ids", "labels", "attention_mask", *_tags.KEYS}
+        collate = _upstream.likelihood_collator(self)
         for start in range(0, len(ready), batch_size):
             chunk = [{k: v for k, v in row.items() if k in keep} for row in ready[start : start + batch_size]]
-            batch = self.data_collator(chunk)
+            batch = collate(chunk)
             _tags.pop(batch)
             yield send_to_device(dict(batch), device)
 

@@ -1,8 +1,14 @@
-"""Stage ``cpt``, continual pre-training: TRL's SFTTrainer on plain text, loss on every token.
+"""Stage ``cpt``, continual pre-training: TRL's SFTTrainer on plain text, loss on every token but a row's first.
 
 Unpacked, a text longer than ``max_length`` becomes several rows, so that nothing of it is dropped (TRL would cut it),
-each keeping the text's ``id`` and ``task``. With ``packing`` texts are joined and cut into blocks of ``max_length``, end
-of text between them (TRL's ``wrapped`` strategy); a row's id and task are lost in that.
+each keeping the text's ``id`` and ``task``. Packed, nothing is dropped either; a row's id and task are lost in it:
+
+- ``packing: true`` joins texts, end of text between them, and cuts blocks of ``max_length`` (TRL's ``wrapped``). A
+  block is one row to the model: tokens attend to the texts before theirs, and a text's first token is predicted from
+  the text before it.
+- ``packing: documents`` cuts only texts longer than ``max_length`` and fits whole ones into blocks (TRL's
+  ``bfd_split``). Positions begin at 0 in each text, no text attends to another, and its first token is not predicted.
+  A micro-batch is one row of all its blocks, whose attention mask is quadratic in that row without FlashAttention.
 """
 
 from __future__ import annotations
@@ -22,8 +28,8 @@ def build_trainer(recipe: Recipe, **job: Unpack[Job]) -> Any:
     arguments = SFTConfig(
         **common_arguments(recipe, job["output"]),
         max_length=recipe.max_length,
-        packing=recipe.packing,
-        packing_strategy="wrapped",
+        packing=bool(recipe.packing),
+        packing_strategy="bfd_split" if recipe.packing == "documents" else "wrapped",
     )
     if not recipe.packing:
         arguments.max_length = None  # so that TRL cuts nothing off

@@ -4,18 +4,100 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from typing import Any
 
-from meristem.config import Lora, Recipe
+from sqlalchemy import Connection
+
+from meristem.config import Lora, Recipe, resolve_recipe
 from meristem.ecosystem import versions
 from meristem.ecosystem.folders import ADAPTER_CONFIG, CONFIG
-from meristem.ecosystem.records import Content
+from meristem.ecosystem.records import Asset, Content
 from meristem.ecosystem.versions import VersionEntry
 from meristem.errors import BadInput
 from meristem.store.store import Store
 
 
 def settled(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe:
+    """``recipe`` with the LoRA and, on the infinite schedule, the phase that training from ``parent`` really has.
+
+    ``BadInput`` where the recipe says otherwise than the line that it continues.
+    """
+    return _with_schedule(store, _with_lora(store, recipe, parent), parent)
+
+
+def continued(store: Store, recipe: Recipe, champion: VersionEntry, data: Collection[str]) -> VersionEntry:
+    """The version that an update of ``champion`` with ``data`` (digests) trains: as a rule ``champion`` itself.
+
+    One that was annealed for a release is left aside when ``recipe`` goes on with the infinite schedule: training
+    continues from the version it was annealed from. ``BadInput`` when that one would miss data of the annealing.
+    """
+    if recipe.schedule != "infinite" or recipe.phase == "start":
+        return champion
+    with store.database.read() as connection:
+        parent, annealed_on = champion, set()
+        while _was_annealed(store, parent):
+            annealed_on |= {*parent.record.data}
+            parent = versions.by_digest(connection, parent.record.parents[0])
+        learned = {digest for v in versions.ancestors(connection, parent) for digest in v.record.data}
+    if missed := annealed_on - learned - {*data}:
+        names = ", ".join(sorted(Asset.from_document(store.document(d)).name for d in missed))
+        raise BadInput(
+            f"{champion.label} was annealed for a release and its data {names} is new in it: schedule infinite goes "
+            f"on from {parent.label}, so give {names} again beside the new data, or begin anew with phase: start"
+        )
+    return parent
+
+
+def _was_annealed(store: Store, version: VersionEntry) -> bool:
+    """By an update of its own line; a model that was added on annealed weights begins a line of its own."""
+    made_by = version.record.recipe
+    return made_by is not None and Recipe.from_document(store.document(made_by)).phase == "anneal"
+
+
+def _recipe_of(store: Store, connection: Connection, version: VersionEntry) -> Recipe | None:
+    """The recipe that made the weights of ``version``, in its own line or in that of the model it was added from."""
+    made = [v for v in versions.ancestors(connection, version) if v.content == version.content]
+    recipes = [v.record.recipe for v in made if v.record.recipe]
+    return Recipe.from_document(store.document(recipes[0])) if recipes else None
+
+
+def _with_schedule(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe:
+    """On the infinite schedule a line starts once, and goes on at the constant rate that it started with."""
+    if recipe.schedule != "infinite":
+        return recipe
+    with store.database.read() as connection:
+        line = _recipe_of(store, connection, parent)
+    held = line.constant_rate if line is not None and line.phase != "anneal" else None
+    phase = recipe.phase or ("start" if held is None else "continue")
+    if phase == "start":
+        if recipe.constant_rate is None:
+            raise BadInput(
+                "recipe.constant_rate: missing; schedule infinite cools down to it and holds it from update to "
+                "update: give a rate below learning_rate"
+            )
+        return _checked(recipe, phase=phase, decay_share=None, final_rate=None)
+    if held is None:
+        raise BadInput(
+            f"recipe.phase: {phase} goes on at the constant rate of the parent, and {parent.label} has none: it was "
+            "not trained on the infinite schedule, or annealed; begin with phase: start"
+        )
+    if recipe.constant_rate not in (None, held):
+        raise BadInput(
+            f"recipe.constant_rate: {recipe.constant_rate} asked for, but {parent.label} is continued, whose line "
+            f"holds {held}: leave constant_rate out, or begin anew with phase: start"
+        )
+    unused = {"warmup_share": 0.0, "cooldown_share": None}
+    if phase == "continue":
+        unused |= {"decay_share": None, "final_rate": None}
+    return _checked(recipe, phase=phase, constant_rate=held, **unused)
+
+
+def _checked(recipe: Recipe, **fields: Any) -> Recipe:
+    return resolve_recipe(dict(recipe), fields)
+
+
+def _with_lora(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe:
     """``recipe`` with the LoRA that training from ``parent`` really has.
 
     An update continues its parent's adapter, whose shape is fixed: what the recipe leaves out is taken from it,
@@ -27,11 +109,9 @@ def settled(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe:
         if content.base is None:
             return recipe.model_copy(update={"lora": asked})
         base = versions.content_of(connection, content.base)
-        made = [v for v in versions.ancestors(connection, parent) if v.content == parent.content]
+        line = _recipe_of(store, connection, parent)
     layers = _layer_count(store, base)
-    recipes = [v.record.recipe for v in made if v.record.recipe]
-    stored = Recipe.from_document(store.document(recipes[0])).lora if recipes else None
-    lineage = stored or _imported(_json(store, content, ADAPTER_CONFIG), layers)
+    lineage = (line and line.lora) or _imported(_json(store, content, ADAPTER_CONFIG), layers)
     for field in sorted(asked.model_fields_set):
         wanted, has = _comparable(asked, field, layers), _comparable(lineage, field, layers)
         if wanted != has:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -13,6 +14,7 @@ from meristem.config import Recipe
 from meristem.errors import BadInput
 from meristem.methods.base import MethodState
 from meristem.methods.registry import build
+from meristem.training import schedules
 from meristem.training.adapters import trainable_model
 from meristem.training.continual import continual
 
@@ -23,7 +25,8 @@ class Job(TypedDict):
     """What a stage trains, beside its recipe.
 
     ``folder`` holds the version that is continued (over ``base_folder`` when it is an adapter). ``rows`` are
-    normalised rows with ``task`` and ``id``; ``history`` those of earlier tasks of the lineage.
+    normalised rows with ``task`` and ``id``; ``history`` those of earlier tasks of the lineage, of which a stage takes
+    the ones in its own shape.
     """
 
     folder: Path
@@ -40,21 +43,38 @@ def stage_trainer(
     stage: str, trainer_cls: type, arguments: Any, shape: Callable[[Row], Row], recipe: Recipe, job: Job
 ) -> Any:
     """A ``trainer_cls`` with the recipe's methods, on the job's rows in the ``shape`` that it reads."""
+    if recipe.max_steps:
+        schedules.parts(recipe, recipe.max_steps)  # refuses before a model is loaded
     methods = [build(m.name, m.arguments) for m in recipe.methods]
     model, tokenizer = trainable_model(recipe, job["folder"], job["base_folder"])
-    trainer = continual(trainer_cls, methods=methods, stage=stage)(
+    trainer = continual(schedules.scheduled(trainer_cls, recipe), methods=methods, stage=stage)(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list([shape(row) for row in job["rows"]]),
         processing_class=tokenizer,
         callbacks=job["callbacks"],
         task=task_name(job["rows"]),
-        history={task: [shape(row) for row in old] for task, old in job["history"].items()},
+        history=_of_this_stage(job["history"], shape),
         method_state=dict(job["method_state"] or {}),
         progress=job.get("progress"),
     )
     trainer.remove_callback(PrinterCallback)  # our own progress replaces a line of JSON per step
     return trainer
+
+
+def _of_this_stage(
+    history: Mapping[str, Sequence[Row]], shape: Callable[[Row], Row]
+) -> dict[str, Sequence[Row]]:
+    """Rows of earlier tasks as the stage reads them; what a line learned in another stage has no place in this one."""
+    found: dict[str, Sequence[Row]] = {}
+    for task, old in history.items():
+        rows = []
+        for row in old:
+            with suppress(BadInput):
+                rows.append(shape(row))
+        if rows:
+            found[task] = rows
+    return found
 
 
 def common_arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
@@ -66,7 +86,7 @@ def common_arguments(recipe: Recipe, output: Path) -> dict[str, Any]:
         "num_train_epochs": recipe.epochs,
         "max_steps": recipe.max_steps or -1,
         "learning_rate": recipe.learning_rate,
-        "lr_scheduler_type": recipe.schedule,
+        "lr_scheduler_type": schedules.transformers_name(recipe),
         "warmup_steps": recipe.warmup_share,
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": recipe.max_grad_norm,

@@ -34,14 +34,16 @@ class GPM(Method):
     which the paper's 0.97 keeps and little else (three tiny tasks, rank 12, three seeds: 3.3 nats forgotten by
     fine-tuning, 2.6 at threshold 0.97, 1.1 at 0.999).
 
-    Source: Saha et al. 2021, arXiv 2103.09762. Claims: less forgetting. Stages: cpt, cit. State: ``basis.*``,
+    Of a preference pair the inputs are those of prompt and chosen answer.
+
+    Source: Saha et al. 2021, arXiv 2103.09762. Claims: less forgetting. Stages: cpt, cit, ca. State: ``basis.*``,
     d_in * k numbers in fp32 per layer, where k grows with every task until it is d_in (or r) and the layer is
     full. Without saved state and with history, bases are made from the earlier rows at the start weights.
     """
 
     name = "gpm"
     claims = ("less-forgetting",)
-    stages = frozenset({"cpt", "cit"})
+    stages = frozenset({"cpt", "cit", "ca"})
     needs_before = True
     old_data = "first"
     weight_copies = 1

@@ -29,13 +29,15 @@ class EWC(Method):
     ``strength``: on LoRA weights of a 135M model, held-out rows of the first of two tasks kept 0.37 / 0.47 / 0.63
     of 0.63 at 50 / 500 / 5000, and the second reached 0.78 / 0.80 / 0.67 (one seed; benchmarks/README.md).
 
-    Source: arXiv 1612.00796. Claims: less forgetting. Stages: cpt, cit. State: ``fisher.*`` and ``anchor.*``
+    Of a preference pair y is the chosen answer, whatever the loss that the pair is trained with.
+
+    Source: arXiv 1612.00796. Claims: less forgetting. Stages: cpt, cit, ca. State: ``fisher.*`` and ``anchor.*``
     in fp32, twice the trainable parameters, whatever the number of tasks.
     """
 
     name = "ewc"
     claims = ("less-forgetting",)
-    stages = frozenset({"cpt", "cit"})
+    stages = frozenset({"cpt", "cit", "ca"})
     old_data = "first"
     weight_copies = 2
     needs = frozenset({"likelihood"})
