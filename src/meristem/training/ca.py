@@ -1,10 +1,11 @@
-"""Stage ``ca``, continual alignment: TRL's DPOTrainer on a PEFT LoRA.
+"""Stage ``ca``, continual alignment: TRL's DPOTrainer on a PEFT LoRA or on all weights.
 
     loss = -log sigmoid(beta ((log pi(y+|x) - log ref(y+|x)) - (log pi(y-|x) - log ref(y-|x))))
 
 The reference is the version that is continued, adapter included: TRL 1.16 copies the adapter that it is given to a
 frozen one named ``ref``. Without that copy PEFT's "adapter off" would make the bare base the reference, and an update
-would be free to forget the preferences learned before it.
+would be free to forget the preferences learned before it. Where all weights are trained it is a second, frozen model, which
+TRL loads from the folder of the version that is continued.
 
 Source: Rafailov et al. 2023 (arXiv 2305.18290). beta 0.1, TRL's default.
 """
@@ -27,7 +28,7 @@ def build_trainer(recipe: Recipe, **job: Unpack[Job]) -> Any:
     """As ``cit.build_trainer``, for rows with ``prompt``, ``chosen`` and ``rejected``."""
     arguments = DPOConfig(**common_arguments(recipe, job["output"]), max_length=None)
     trainer = stage_trainer("ca", DPOTrainer, arguments, as_preference, recipe, job)
-    if REFERENCE not in trainer.model.peft_config:
+    if recipe.weights == "lora" and REFERENCE not in trainer.model.peft_config:
         raise Clash(
             "this TRL made no reference adapter, so the reference would be the bare base: use TRL 1.16"
         )

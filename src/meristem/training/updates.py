@@ -27,6 +27,7 @@ from meristem._quiet import quiet_libraries
 from meristem.config import Recipe
 from meristem.data.datasets import by_task, load_rows
 from meristem.ecosystem import aliases, assets, checkouts, ledger, retirement, versions
+from meristem.ecosystem.checkouts import Checkout
 from meristem.ecosystem.folders import ingest
 from meristem.ecosystem.ledger import Entry
 from meristem.ecosystem.reach import FINISHED
@@ -56,7 +57,9 @@ _CODE = ("meristem", "torch", "transformers", "trl", "peft", "accelerate")
 
 @dataclass(frozen=True)
 class Trained:
-    adapter: Path
+    """``weights``: the folder of what was trained, as ``ingest`` reads it."""
+
+    weights: Path
     states: dict[str, Any]
     steps: int
     tokens: int
@@ -206,20 +209,31 @@ def train(
                 f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
                 "a checkpoint is kept, the same command continues"
             )
-    adapter = folder / "adapter"
-    trainer.model.save_pretrained(str(adapter), selected_adapters=["default"])  # not stage ca's reference
-    if here.base_folder is not None:
-        for path in here.folder.iterdir():  # the parent's own tokenizer and chat template, if it has them
-            if path.suffix != ".safetensors" and not (adapter / path.name).exists():
-                shutil.copyfile(path, adapter / path.name)
+    states = {**(state or {}), **trainer.method_state()}
     return Trained(
-        adapter=adapter,
-        states={**(state or {}), **trainer.method_state()},
+        weights=_saved(trainer.model, recipe, here, folder),
+        states=states,
         steps=trainer.state.global_step,
         tokens=int(callback.tokens(trainer)),
         seconds=watch.seconds(),
         curve=callback.curve(trainer),
     )
+
+
+def _saved(model: Any, recipe: Recipe, parent: Checkout, folder: Path) -> Path:
+    """The folder with what was trained: an adapter, or full weights."""
+    from meristem.training.full import save_full
+
+    if recipe.weights == "full":
+        save_full(model, parent.folder, folder / "full")
+        return folder / "full"
+    adapter = folder / "adapter"
+    model.save_pretrained(str(adapter), selected_adapters=["default"])  # not stage ca's reference
+    if parent.base_folder is not None:
+        for path in parent.folder.iterdir():  # the parent's own tokenizer and chat template, if it has them
+            if path.suffix != ".safetensors" and not (adapter / path.name).exists():
+                shutil.copyfile(path, adapter / path.name)
+    return adapter
 
 
 def _inputs(store: Store, update: Update) -> tuple[Recipe, list[dict[str, Any]], dict[str, Any], Any]:
@@ -263,7 +277,7 @@ def _commit(store: Store, actor: str, entry: Entry, trained: Trained) -> Version
     with store.database.read() as connection:
         parent = versions.by_digest(connection, update.parent)
     tasks = {t for digest in update.data for t in _asset(store, digest).facts["tasks"]}
-    with ingest(trained.adapter, base_content(store, update)) as (content, blobs):
+    with ingest(trained.weights, base_content(store, update)) as (content, blobs):
         state, state_blobs = method_states.encode(update.model, trained.states)
         stored = store.put([*blobs, *state_blobs])
         record = Version(
@@ -300,7 +314,7 @@ def _commit(store: Store, actor: str, entry: Entry, trained: Trained) -> Version
 
 
 def base_content(store: Store, update: Update) -> str:
-    """The digest of the full weights that the adapter of ``update`` sits on."""
+    """The digest of the full weights that an adapter made by ``update`` sits on."""
     with store.database.read() as connection:
         parent = versions.by_digest(connection, update.parent)
         return versions.content_of(connection, parent.content).base or parent.content
