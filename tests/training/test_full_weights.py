@@ -191,6 +191,18 @@ def test_half_precision_weights_are_trained_in_full_and_rounded_once(model, tmp_
     assert (after[name] > before[name]).float().mean() > 0.99
 
 
+def test_a_generation_config_that_transformers_will_not_save_is_carried(model, tmp_path):
+    """Many models ship one; it must not stop a training at its first checkpoint."""
+    parent = stored_as(model, tmp_path / "parent", lambda _: torch.float32)
+    sampling = json.dumps({"do_sample": False, "temperature": 0.6, "eos_token_id": 1})
+    (parent / "generation_config.json").write_text(sampling)
+    recipe = Recipe(max_steps=1, checkpoint_steps=1, **RECIPE)
+    trainer = cit.build_trainer(recipe, **job(parent, tmp_path / "run", three_tasks()["A"]))
+    trainer.train()
+    save_full(trainer.model, parent, tmp_path / "out")
+    assert (tmp_path / "out" / "generation_config.json").read_text() == sampling
+
+
 def test_a_weight_that_its_dtype_cannot_hold_is_never_stored(model, tmp_path):
     parent = stored_as(model, tmp_path / "half", lambda _: torch.float16)
     trained, _ = trainable_model(Recipe(weights="full"), parent, None)

@@ -57,8 +57,6 @@ def fetched(source: str, progress: Progress | None = None) -> Path:
         sizes = _listing(repository, commit)
         wanted = _wanted(source, folder, set(sizes))
         _download(repository, commit, {name: sizes[name] for name in wanted}, progress)
-        for name in wanted:
-            _check(folder / name)
     return folder
 
 
@@ -94,7 +92,7 @@ def _download(repository: str, commit: str, sizes: dict[str, int], progress: Pro
             if progress and 0 < n < size:
                 progress(done + int(n), total)
 
-        hf_hub_download(repository, name, revision=commit, tqdm_class=_bar(tell))
+        _check(Path(hf_hub_download(repository, name, revision=commit, tqdm_class=_bar(tell))))
         done += size
         if progress:
             progress(done, total)

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import Linear
-from transformers import set_seed
+from transformers import GenerationConfig, set_seed
 
 from meristem.config import Lora, Recipe
 from meristem.engine.load import load_for_training
@@ -25,7 +25,10 @@ def trainable_model(recipe: Recipe, folder: Path, base_folder: Path | None) -> t
     if recipe.weights == "full":
         if base_folder is not None:
             raise BadInput(f"{folder}: an adapter, and recipe.weights: full trains a version without one")
-        return load_for_training(folder, None, "float32", recipe.device)
+        model, tokenizer = load_for_training(folder, None, "float32", recipe.device)
+        # That of the folder stays with the version; transformers would not save many of them into a checkpoint.
+        model.generation_config = GenerationConfig()
+        return model, tokenizer
     model, tokenizer = load_for_training(folder, base_folder, recipe.dtype, recipe.device)
     if not isinstance(model, PeftModel):
         model = get_peft_model(model, lora_config(recipe.lora or Lora(), model))
