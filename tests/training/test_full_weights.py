@@ -130,8 +130,12 @@ def test_what_cannot_be_is_refused_before_training(released, copy):
     ws.close()
 
 
-def test_quantized_weights_are_refused(fresh, files, tmp_path):
+def test_quantized_weights_and_methods_that_rebuild_a_model_are_refused(fresh, files, tmp_path):
     ws = ms.Workspace.open(fresh)
+    with pytest.raises(
+        Clash, match="method o-lora adds to a model or rebuilds it, and weights: full trains it as"
+    ):
+        ws.update("support", data=["a"], methods=["o-lora"], recipe=FULL)
     folder = tmp_path / "quantized"
     shutil.copytree(files / "model", folder)
     config = json.loads((folder / "config.json").read_bytes())
@@ -139,6 +143,7 @@ def test_quantized_weights_are_refused(fresh, files, tmp_path):
     ws.add_model("small", tier="foundation", source=str(folder))
     with pytest.raises(BadInput, match="cannot train the quantized weights of small@v1"):
         ws.update("small", data=["a"], recipe=FULL)
+    assert not ws.records("plan") and not ws.records("update")
     ws.close()
 
 

@@ -11,7 +11,8 @@ from meristem.ecosystem import versions
 from meristem.ecosystem.folders import ADAPTER_CONFIG, CONFIG
 from meristem.ecosystem.records import Content
 from meristem.ecosystem.versions import VersionEntry
-from meristem.errors import BadInput
+from meristem.errors import BadInput, Clash
+from meristem.methods.registry import load
 from meristem.store.store import Store
 
 
@@ -25,7 +26,7 @@ def settled(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe:
     with store.database.read() as connection:
         content = versions.content_of(connection, parent.content)
         if recipe.weights == "full":
-            _refuse_other_than_full(store, content, parent)
+            _refuse_other_than_full(store, recipe, content, parent)
             return recipe
         if content.base is None:
             return recipe.model_copy(update={"lora": asked})
@@ -45,7 +46,13 @@ def settled(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe:
     return recipe.model_copy(update={"lora": lineage})
 
 
-def _refuse_other_than_full(store: Store, content: Content, parent: VersionEntry) -> None:
+def _refuse_other_than_full(store: Store, recipe: Recipe, content: Content, parent: VersionEntry) -> None:
+    for method in recipe.methods:
+        if load(method.name).replaces_architecture:  # and the version keeps its parent's configuration
+            raise Clash(
+                f"method {method.name} adds to a model or rebuilds it, and weights: full trains it as it is: leave one "
+                "of them out"
+            )
     if content.kind != "full":
         raise BadInput(
             f"recipe.weights: full trains a version that is full weights, and {parent.label} is of kind {content.kind}: "
