@@ -1,4 +1,4 @@
-"""The model that every stage trains: a PEFT LoRA, fresh or continued, or all weights; and what is kept of it."""
+"""The model that every stage trains: a PEFT LoRA, fresh or continued, or all weights."""
 
 from __future__ import annotations
 

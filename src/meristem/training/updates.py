@@ -27,7 +27,6 @@ from meristem._quiet import quiet_libraries
 from meristem.config import Recipe
 from meristem.data.datasets import by_task, load_rows
 from meristem.ecosystem import aliases, assets, checkouts, ledger, retirement, versions
-from meristem.ecosystem.checkouts import Checkout
 from meristem.ecosystem.folders import ingest
 from meristem.ecosystem.ledger import Entry
 from meristem.ecosystem.reach import FINISHED
@@ -176,6 +175,7 @@ def train(
     with Interruption() as early:  # some libraries swallow a KeyboardInterrupt while they are imported
         from meristem.training.continual import newest_complete_checkpoint
         from meristem.training.reporting import ProgressCallback, method_progress
+        from meristem.training.saving import save
 
         stage = import_module(f"meristem.training.{_stage(store, update)}")
     if early.requested:
@@ -210,30 +210,16 @@ def train(
                 "a checkpoint is kept, the same command continues"
             )
     states = {**(state or {}), **trainer.method_state()}
+    with quiet_libraries():
+        weights = save(trainer, recipe, here, folder)
     return Trained(
-        weights=_saved(trainer.model, recipe, here, folder),
+        weights=weights,
         states=states,
         steps=trainer.state.global_step,
         tokens=int(callback.tokens(trainer)),
         seconds=watch.seconds(),
         curve=callback.curve(trainer),
     )
-
-
-def _saved(model: Any, recipe: Recipe, parent: Checkout, folder: Path) -> Path:
-    """The folder with what was trained: an adapter, or full weights."""
-    from meristem.training.full import save_full
-
-    if recipe.weights == "full":
-        save_full(model, parent.folder, folder / "full")
-        return folder / "full"
-    adapter = folder / "adapter"
-    model.save_pretrained(str(adapter), selected_adapters=["default"])  # not stage ca's reference
-    if parent.base_folder is not None:
-        for path in parent.folder.iterdir():  # the parent's own tokenizer and chat template, if it has them
-            if path.suffix != ".safetensors" and not (adapter / path.name).exists():
-                shutil.copyfile(path, adapter / path.name)
-    return adapter
 
 
 def _inputs(store: Store, update: Update) -> tuple[Recipe, list[dict[str, Any]], dict[str, Any], Any]:

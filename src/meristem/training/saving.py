@@ -1,4 +1,4 @@
-"""Full weights that were trained, as the folder of a version."""
+"""What was trained, as the folder of a version."""
 
 from __future__ import annotations
 
@@ -7,10 +7,26 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from meristem.config import Recipe
+from meristem.ecosystem.checkouts import Checkout
 from meristem.ecosystem.folders import INDEX, WEIGHTS
 from meristem.errors import TrainingFailed
 from meristem.store.packs import safetensors_entries
 from meristem.training.method_states import torch_dtype
+
+
+def save(trainer: Any, recipe: Recipe, parent: Checkout, folder: Path) -> Path:
+    """The folder in ``folder`` with what ``trainer`` trained from the checkout ``parent``: an adapter or all weights."""
+    if recipe.weights == "full":
+        save_full(trainer.model, parent.folder, folder / "full")
+        return folder / "full"
+    adapter = folder / "adapter"
+    trainer.model.save_pretrained(str(adapter), selected_adapters=["default"])  # not stage ca's reference
+    if parent.base_folder is not None:
+        for path in parent.folder.iterdir():  # the parent's own tokenizer and chat template, if it has them
+            if path.suffix != ".safetensors" and not (adapter / path.name).exists():
+                shutil.copyfile(path, adapter / path.name)
+    return adapter
 
 
 def save_full(model: Any, parent: Path, folder: Path) -> None:
