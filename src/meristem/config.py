@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from meristem.errors import BadInput
 
 CONFIG_NAME = "meristem.yaml"
+FULL_RATE = 1e-5  # what is usual for all weights of an LLM; the rate of a LoRA would wreck them
 RECIPE_SCHEMA = "meristem/recipe/v1"
 
 TEMPLATE = """\
@@ -145,10 +146,12 @@ class Recipe(_Strict):
     """Every choice of a training run. Stored resolved with the run; never names an import path.
 
     What ``lora`` leaves out is settled when an update is planned: as in the adapter that is continued, else the
-    defaults (``training.recipes``), and so is what ``schedule: infinite`` leaves out.
+    defaults (``training.recipes``), and so is what ``schedule: infinite`` leaves out. ``weights: full`` trains all
+    weights of a version without adapter; its default ``learning_rate`` is ``FULL_RATE``.
     """
 
     stage: Literal["cit", "cpt", "ca"] = "cit"
+    weights: Literal["lora", "full"] = "lora"
     lora: Lora | None = None
     methods: list[MethodConfig] = []
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
@@ -172,6 +175,22 @@ class Recipe(_Strict):
     device: Device = "cpu"
     checkpoint_steps: Annotated[int, Field(ge=1)] = 20
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _full_rate(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("weights") == "full":
+            return {"learning_rate": FULL_RATE, **fields}
+        return fields
+
+    @model_validator(mode="after")
+    def _one_kind_of_weights(self) -> Recipe:
+        if self.weights == "full" and self.lora is not None:
+            raise ValueError(
+                "lora shapes an adapter, and weights: full trains none; leave one of them out (lora: null undoes a "
+                "default of meristem.yaml)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _of_its_stage(self) -> Recipe:
@@ -206,7 +225,7 @@ class Recipe(_Strict):
     def document(self) -> dict[str, Any]:
         """Keys that came later stand there only when they are not the default: older recipes keep their digest."""
         fields, default = self.model_dump(mode="json"), Recipe().model_dump(mode="json")
-        later = {"packing", "preference", *_PARTS["infinite"]}
+        later = {"packing", "preference", "weights", *_PARTS["infinite"]}
         kept = {key: value for key, value in fields.items() if key not in later or value != default[key]}
         return {"schema": RECIPE_SCHEMA, **kept}
 

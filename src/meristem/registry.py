@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,15 +41,21 @@ class Registry(Custody):
         self, name: str, *, tier: str, source: str | None = None, base: str | None = None
     ) -> VersionEntry:
         """Register a model; its first version becomes its champion. See ``ecosystem.models.add``."""
-        report = self.progress
-        step = (lambda done, total: report(f"store {name}", done, total, "")) if report else None
-        return models.add(self.store, self.actor, name, tier, source, base, step)
+        return models.add(self.store, self.actor, name, tier, source, base, *self._transfers(name))
 
     def commit(self, model: str, source: str | Path, reason: str = "") -> VersionEntry:
         """Add weights made elsewhere as successor of the champion; they become the challenger."""
-        report = self.progress
-        step = (lambda done, total: report(f"store {model}", done, total, "")) if report else None
-        return models.commit(self.store, self.actor, model, source, reason, step)
+        return models.commit(self.store, self.actor, model, source, reason, *self._transfers(model))
+
+    def _transfers(self, model: str) -> list[Callable[[int, int], None] | None]:
+        """What tells of the bytes of ``model`` that are stored, and of those that are fetched."""
+        if (report := self.progress) is None:
+            return [None, None]
+
+        def step(verb: str, done: int, total: int) -> None:
+            report(f"{verb} {model}", done, total, "")
+
+        return [partial(step, "store"), partial(step, "fetch")]
 
     def models(self) -> list[Model]:
         with self.store.database.read() as connection:

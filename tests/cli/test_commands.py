@@ -54,6 +54,7 @@ COMMANDS = [
     ("plan make plain", 0),
     ("plan close plan-4 --reason solved", 0),
     ("update run support --data b --method experience-replay:ratio=0.5 --method ewc:strength=1,samples=8", 0),
+    ("update run support --data b --weights full", 2),
     ("update resume update-3", 0),
     ("update show update-3", 0),
     ("update reproduce update-3", 0),

@@ -12,7 +12,11 @@ from meristem.methods.settings import best_known
 def test_the_list_has_what_helps_to_choose(cli):
     told = json.loads(cli(None, "method", "list", "--json").out)
     assert told == json.loads(json.dumps({n: f.to_document() for n, f in all_facts().items()}))
-    assert told["ewc"]["weight_copies"] == 2 and told["ewc"]["trainers"] == ["Trainer", "SFTTrainer", "DPOTrainer"]
+    assert told["ewc"]["weight_copies"] == 2 and told["ewc"]["trainers"] == [
+        "Trainer",
+        "SFTTrainer",
+        "DPOTrainer",
+    ]
     text = cli(None, "method", "list").out
     assert all(name in text for name in available()) and "old data?" in text
 

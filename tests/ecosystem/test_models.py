@@ -98,7 +98,7 @@ def test_an_adapter_stores_only_its_own_tensors(store, add, tmp_path):
         (("x", "industrial", None, "nope"), "unknown model 'nope'; models here: base, desk"),
         (("x", "industrial", None, "desk"), "of tier application"),
         (("base", "foundation", "SRC", None), "exists already"),
-        (("x", "foundation", "hf:org/name", None), "not built yet"),
+        (("x", "foundation", "hf:name", None), "write hf:ORG/NAME"),
         (("x", "foundation", "/no/such/folder", None), "no such folder"),
         (("x", "industrial", None, "base@v9"), "no such version; base has v1 to v1"),
     ],

@@ -87,7 +87,7 @@ def _facts(group: Group) -> list[tuple[str, str]]:
         ("score", UNITS[recipe["stage"]]),
         ("data per task", f"{data['train_rows']} training rows, {data['test_items']} test items{words}"),
         ("training per task", f"{length} of {batch} rows, learning rate {recipe['learning_rate']:g}"),
-        ("LoRA", shape or "the defaults"),
+        ("weights", "all") if recipe.get("weights") == "full" else ("LoRA", shape or "the defaults"),
         ("precision and device", f"{recipe['dtype']} on {recipe['device']}"),
         ("model", str(settings["model"]["content"])),
     ]

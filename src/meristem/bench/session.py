@@ -148,6 +148,7 @@ def execute(
         checked.request.model,
         None,
         lambda done, total: report(f"store {name}", done, total, ""),
+        lambda done, total: report(f"fetch {name}", done, total, ""),
     )
     planned = runs(checked, materials, base.content, evaluator_settings(evaluator))
     known = {run.name: results.find(out, run) for run in planned}

@@ -9,6 +9,7 @@ from typing import Any
 from meristem._quiet import quiet_libraries
 from meristem.bench.protocols import Hub, Protocol, Shape, Task
 from meristem.data.jsonl import SUFFIXES, read_objects
+from meristem.ecosystem.hub import HUB
 from meristem.errors import BadInput, EnvironmentFailure
 
 Row = dict[str, str]
@@ -17,7 +18,6 @@ KEYS: dict[Shape, tuple[str, ...]] = {
     "text": ("text",),
     "preference": ("prompt", "chosen", "rejected"),
 }
-HUB = "hf:"
 
 
 def sources_of(protocol: Protocol, data: Path | None, given: Mapping[str, str]) -> dict[str, Path | Hub]:

@@ -68,7 +68,7 @@ def run(
     seeds: Annotated[str, typer.Option(help="e.g. 0,1,2")] = "0",
     train: Annotated[int, typer.Option(min=1, help="Training rows per task.")] = 100,
     test: Annotated[int, typer.Option(min=1, help="Test items per task.")] = 100,
-    model: Annotated[str, typer.Option(help="`embedded` or a Hugging Face folder.")] = "embedded",
+    model: Annotated[str, typer.Option(help="`embedded`, hf:ORG/NAME[@REVISION] or a folder.")] = "embedded",
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps per task.")] = None,
     epochs: Annotated[float | None, typer.Option(min=0, help="Epochs per task, instead of steps.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe file: overrides the protocol's.")] = None,

@@ -22,7 +22,9 @@ def add(
     tier: Annotated[str, typer.Option(help="foundation, industrial or application")],
     source: Annotated[
         str | None,
-        typer.Option(help="`embedded`, or a local Hugging Face folder; default: its base as it is"),
+        typer.Option(
+            help="`embedded`, hf:ORG/NAME[@REVISION], or a local Hugging Face folder; default: its base as it is"
+        ),
     ] = None,
     base: Annotated[str | None, typer.Option(help="The model that this one is tuned from.")] = None,
     as_json: JSON = False,
@@ -36,7 +38,7 @@ def add(
 @app.command("commit")
 def commit(
     name: str,
-    source: Annotated[Path, typer.Option(help="A Hugging Face or PEFT folder.")],
+    source: Annotated[str, typer.Option(help="A Hugging Face or PEFT folder, or hf:ORG/NAME[@REVISION].")],
     reason: Annotated[str, typer.Option(help="Why; it stands in the evidence.")] = "",
     as_json: JSON = False,
 ) -> None:

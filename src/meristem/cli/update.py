@@ -32,12 +32,17 @@ def run(
             show_default="the recipe's, else cit",
         ),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="lora (an adapter) or full (all weights).", show_default="the recipe's, else lora"),
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Train the champion on new data; the same command finishes an interrupted run."""
     from meristem.config import load_recipe
 
-    overrides = {**(load_recipe(recipe) if recipe else {}), **({"stage": stage} if stage else {})}
+    chosen = {"stage": stage, "weights": weights}
+    overrides = {**(load_recipe(recipe) if recipe else {}), **{k: v for k, v in chosen.items() if v}}
     with opened() as ws:
         result = ws.update(model, data=names(data), methods=method, recipe=overrides)
         _show(result, as_json)

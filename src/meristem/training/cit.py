@@ -1,4 +1,4 @@
-"""Stage ``cit``, continual instruction tuning: TRL's SFTTrainer on a PEFT LoRA, completion-only loss."""
+"""Stage ``cit``, continual instruction tuning: TRL's SFTTrainer, completion-only loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from meristem.training.stages import Job, Row, common_arguments, refuse_long_row
 
 
 def build_trainer(recipe: Recipe, **job: Unpack[Job]) -> Any:
-    """A trainer that continues the version in ``folder``: its adapter if it has one, else a fresh LoRA.
+    """A trainer that continues the version in ``folder``: its adapter if it has one, else a fresh LoRA or all weights.
 
     ``recipe.lora`` shapes a fresh LoRA only (``training.recipes`` settles it for one that is continued). Raises
     ``BadInput`` for rows, replayed ones included, that are longer than ``recipe.max_length``.

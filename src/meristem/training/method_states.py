@@ -62,8 +62,13 @@ def _blob(tensor: torch.Tensor) -> Blob:
 def _tensor(data: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     import torch
 
-    kind = {name: kind for kind, name in _names().items()}[dtype]
-    return torch.frombuffer(bytearray(data), dtype=kind).reshape(shape)
+    return torch.frombuffer(bytearray(data), dtype=torch_dtype(dtype)).reshape(shape)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype for the ``name`` that safetensors has for it."""
+    found: torch.dtype = {name: kind for kind, name in _names().items()}[name]
+    return found
 
 
 def _names() -> dict[Any, str]:

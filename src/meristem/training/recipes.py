@@ -14,7 +14,8 @@ from meristem.ecosystem import versions
 from meristem.ecosystem.folders import ADAPTER_CONFIG, CONFIG
 from meristem.ecosystem.records import Asset, Content
 from meristem.ecosystem.versions import VersionEntry
-from meristem.errors import BadInput
+from meristem.errors import BadInput, Clash
+from meristem.methods.registry import load
 from meristem.store.store import Store
 
 
@@ -98,7 +99,7 @@ def _checked(recipe: Recipe, **fields: Any) -> Recipe:
 
 
 def _with_lora(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe:
-    """``recipe`` with the LoRA that training from ``parent`` really has.
+    """``recipe`` with the LoRA that training from ``parent`` really has; none where all weights are trained.
 
     An update continues its parent's adapter, whose shape is fixed: what the recipe leaves out is taken from it,
     and a field that says otherwise is refused (``BadInput``). On full weights the defaults fill the gaps.
@@ -106,6 +107,9 @@ def _with_lora(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe:
     asked = recipe.lora or Lora()
     with store.database.read() as connection:
         content = versions.content_of(connection, parent.content)
+        if recipe.weights == "full":
+            _refuse_other_than_full(store, recipe, content, parent)
+            return recipe
         if content.base is None:
             return recipe.model_copy(update={"lora": asked})
         base = versions.content_of(connection, content.base)
@@ -120,6 +124,25 @@ def _with_lora(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe:
                 f"adapter has {getattr(lineage, field)!r}: leave {field} out, or start from a version without adapter"
             )
     return recipe.model_copy(update={"lora": lineage})
+
+
+def _refuse_other_than_full(store: Store, recipe: Recipe, content: Content, parent: VersionEntry) -> None:
+    for method in recipe.methods:
+        if load(method.name).replaces_architecture:  # and the version keeps its parent's configuration
+            raise Clash(
+                f"method {method.name} adds to a model or rebuilds it, and weights: full trains it as it is: leave one "
+                "of them out"
+            )
+    if content.kind != "full":
+        raise BadInput(
+            f"recipe.weights: full trains a version that is full weights, and {parent.label} is of kind {content.kind}: "
+            "leave weights out to continue it, or merge it into its base and `meristem model commit` the result first"
+        )
+    if "quantization_config" in _json(store, content, CONFIG):
+        raise BadInput(
+            f"recipe.weights: full cannot train the quantized weights of {parent.label}: leave weights out, or commit "
+            "the model in bf16 first"
+        )
 
 
 def _comparable(lora: Lora, field: str, layers: int) -> Any:

@@ -146,7 +146,7 @@ def _compare(
     store: Store, update: Update, version: VersionEntry, trained: updates.Trained
 ) -> dict[str, Any] | None:
     """The first difference between what was trained and what is recorded; None when every bit is the same."""
-    with ingest(trained.adapter, updates.base_content(store, update)) as (content, blobs):
+    with ingest(trained.weights, updates.base_content(store, update)) as (content, blobs):
         state, state_blobs = method_states.encode(update.model, trained.states)
         wanted = version.record.assets.get("method-state")
         made = state.digest if trained.states else None

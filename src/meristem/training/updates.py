@@ -56,7 +56,9 @@ _CODE = ("meristem", "torch", "transformers", "trl", "peft", "accelerate")
 
 @dataclass(frozen=True)
 class Trained:
-    adapter: Path
+    """``weights``: the folder of what was trained, as ``ingest`` reads it."""
+
+    weights: Path
     states: dict[str, Any]
     steps: int
     tokens: int
@@ -173,6 +175,7 @@ def train(
     with Interruption() as early:  # some libraries swallow a KeyboardInterrupt while they are imported
         from meristem.training.continual import newest_complete_checkpoint
         from meristem.training.reporting import ProgressCallback, method_progress
+        from meristem.training.saving import save
 
         stage = import_module(f"meristem.training.{_stage(store, update)}")
     if early.requested:
@@ -206,15 +209,12 @@ def train(
                 f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
                 "a checkpoint is kept, the same command continues"
             )
-    adapter = folder / "adapter"
-    trainer.model.save_pretrained(str(adapter), selected_adapters=["default"])  # not stage ca's reference
-    if here.base_folder is not None:
-        for path in here.folder.iterdir():  # the parent's own tokenizer and chat template, if it has them
-            if path.suffix != ".safetensors" and not (adapter / path.name).exists():
-                shutil.copyfile(path, adapter / path.name)
+    states = {**(state or {}), **trainer.method_state()}
+    with quiet_libraries():
+        weights = save(trainer, recipe, here, folder)
     return Trained(
-        adapter=adapter,
-        states={**(state or {}), **trainer.method_state()},
+        weights=weights,
+        states=states,
         steps=trainer.state.global_step,
         tokens=int(callback.tokens(trainer)),
         seconds=watch.seconds(),
@@ -263,7 +263,7 @@ def _commit(store: Store, actor: str, entry: Entry, trained: Trained) -> Version
     with store.database.read() as connection:
         parent = versions.by_digest(connection, update.parent)
     tasks = {t for digest in update.data for t in _asset(store, digest).facts["tasks"]}
-    with ingest(trained.adapter, base_content(store, update)) as (content, blobs):
+    with ingest(trained.weights, base_content(store, update)) as (content, blobs):
         state, state_blobs = method_states.encode(update.model, trained.states)
         stored = store.put([*blobs, *state_blobs])
         record = Version(
@@ -300,7 +300,7 @@ def _commit(store: Store, actor: str, entry: Entry, trained: Trained) -> Version
 
 
 def base_content(store: Store, update: Update) -> str:
-    """The digest of the full weights that the adapter of ``update`` sits on."""
+    """The digest of the full weights that an adapter made by ``update`` sits on."""
     with store.database.read() as connection:
         parent = versions.by_digest(connection, update.parent)
         return versions.content_of(connection, parent.content).base or parent.content
