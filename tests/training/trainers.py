@@ -22,8 +22,9 @@ CLASSES: dict[str, tuple[type, type]] = {
     "dpo": (trl.DPOTrainer, trl.DPOConfig),
     "reward": (trl.RewardTrainer, trl.RewardConfig),
     "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
-    "distillation": (trl.DistillationTrainer, trl.DistillationConfig),
 }
+if hasattr(trl, "DistillationTrainer"):  # since TRL 1.10
+    CLASSES["distillation"] = (trl.DistillationTrainer, trl.DistillationConfig)
 SEAM = (
     "task",
     "history",
