@@ -12,17 +12,24 @@ from meristem.bench.lineup import Conditions, read_method, runs
 from meristem.errors import BadInput
 
 
-def conditions(content="sha256:" + "a" * 64, words=None):
+def conditions(content="sha256:" + "a" * 64, words=None, development=False):
     class Given:
         def __init__(self, name):
             self.name = name
 
         def to_document(self):
-            return {"train": f"sha256:{self.name}", "train_rows": 16}
+            return {"train": f"sha256:{self.name}", "train_rows": 16, "test_items": 10}
 
     materials = {name: Given(name) for name in ("red", "blue")}
     return Conditions(
-        tiny_stream.TINY, materials, "tiny", content, words, {"dtype": "float32"}, {"torch": "1"}
+        tiny_stream.TINY,
+        materials,
+        "tiny",
+        content,
+        words,
+        {"dtype": "float32"},
+        {"torch": "1"},
+        development,
     )
 
 
@@ -40,6 +47,15 @@ def test_one_method_has_one_spelling():
     assert [m["name"] for m in both.methods] == ["experience-replay", "ewc"]
     assert both.methods[1]["arguments"]["strength"] == 100.0
     assert both.slug == "experience-replay_ratio=0.3+ewc_strength=100"
+
+
+def test_the_baselines_among_the_methods_are_the_ones_of_the_bench():
+    """Results keep their names, and nothing is trained twice."""
+    assert read_method("seq-finetune", "cit") == read_method("sequential", "cit")
+    for name in ("per-task", "joint"):
+        assert read_method(name, "cit").methods == () and not read_method(name, "cit").follows_an_order
+    with pytest.raises(BadInput, match="sequential is a baseline and goes with no other method"):
+        read_method("seq-finetune+ewc", "cit")
 
 
 @pytest.mark.parametrize(

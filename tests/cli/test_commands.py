@@ -95,6 +95,7 @@ COMMANDS = [
     ("doctor", 0),
     ("method list", 0),
     ("method show ewc", 0),
+    ("method show joint", 0),
     ("catalogue", 0),
     ("report support --out {tmp}/report.html", 0),
     ("init {tmp}/another", 0),

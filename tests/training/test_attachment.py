@@ -107,7 +107,7 @@ def test_a_model_that_is_kept_holds_neither_hook_nor_trainer(ends, tmp_path):
     assert not any(part._forward_hooks for part in model.modules())
     gone = weakref.ref(made)
     del made
-    gc.unfreeze()  # tests.training.trainers freezes what it finds
+    gc.unfreeze()  # tests/conftest.py
     gc.collect()
     gc.freeze()
     assert gone() is None and model(input_ids=torch.tensor([[5, 6]])).logits.shape == (1, 2, 259)

@@ -6,9 +6,9 @@ from statistics import mean
 import pytest
 import torch
 from tests.tiny import new_model, three_tasks
-from tests.training.stream import sft
+from tests.training.stream import plain, tokens
 
-from meristem.methods import EWC, ExperienceReplay
+from meristem.methods import EWC, ExperienceReplay, Joint
 
 SEEDS = (0, 1, 2)
 STEPS = 40
@@ -17,6 +17,7 @@ METHODS = {
     "sequential": list,
     "replay": lambda: [ExperienceReplay(ratio=0.5)],
     "ewc": lambda: [EWC(strength=200)],
+    "joint": lambda: [Joint()],
     "both": lambda: [ExperienceReplay(ratio=0.5), EWC(strength=50)],
 }
 
@@ -28,10 +29,12 @@ def stream(kind, seed, folder):
     Forgetting is the mean over tasks A, B of (loss at the end - loss right after learning the task); the final
     loss is the mean over all three tasks, so that a method cannot win by not learning.
     """
-    model, state, learned, tasks = new_model(seed), None, {}, three_tasks()
+    model, state, learned = new_model(seed), None, {}
+    tasks = {task: tokens(rows) for task, rows in three_tasks().items()}
     for task, rows in tasks.items():
         options = {"task": task, "method_state": state, "model": model, "seed": seed}
-        trainer = sft(
+        options["history"] = {earlier: tasks[earlier] for earlier in learned}
+        trainer = plain(
             folder, METHODS[kind](), rows, max_steps=STEPS, per_device_train_batch_size=6, **options
         )
         trainer.train()
@@ -48,7 +51,7 @@ def loss(trainer, rows):
         return float(trainer.context.loss(next(trainer.context.batches(rows, batch_size=len(rows)))))
 
 
-@pytest.mark.parametrize("kind", ["replay", "ewc", "both"])
+@pytest.mark.parametrize("kind", ["replay", "ewc", "joint", "both"])
 def test_forgets_less_than_sequential_fine_tuning(kind, tmp_path_factory):
     folder = str(tmp_path_factory.getbasetemp() / "stream")
     forgot, final = map(mean, zip(*(stream(kind, seed, folder) for seed in SEEDS), strict=True))

@@ -15,6 +15,7 @@ from tests.training.trainers import CLASSES, data, make, new_reward_model
 from meristem.errors import Clash
 from meristem.methods import Method, available, build
 from meristem.methods.base import HOOKS
+from meristem.methods.facts import facts
 from meristem.training.continual import continual
 
 ARGUMENTS = {"experience-replay": {"ratio": 0.5}, "ewc": {"samples": 1}, "gpm": {"threshold": 0.5}}
@@ -55,8 +56,9 @@ def trained(kind, folder, names):
     options = {"max_steps": 2, "per_device_train_batch_size": 4, "task": "B"}
     options |= {"history": {"A": data(kind, 2)}, "logging_strategy": "steps", "logging_steps": 1}
     methods = [watched(name, calls, acted) for name in names]
+    given = data(kind, 4 if kind == "distillation" else 2, "B")  # it trains on full batches only
     try:
-        trainer = make(kind, folder, methods, data(kind, 2, "B"), model=lora(kind), **options)
+        trainer = make(kind, folder, methods, given, model=lora(kind), **options)
     except Clash as clash:
         return str(clash)
     trainer.train()
@@ -94,6 +96,7 @@ def test_each_pair_trains_with_both_effects_or_is_refused_by_name(kind, tmp_path
                     )
         if len(names) == 1:
             alone[names[0]] = found
+            assert isinstance(found, str) is (CLASSES[kind][0].__name__ not in facts(names[0]).trainers)
 
 
 def test_every_registered_method_has_a_trainer():

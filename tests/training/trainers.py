@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 from typing import Any
 
@@ -13,8 +12,6 @@ from tests.tiny import new_model, tiny_config, tiny_tokenizer
 from tests.training.stream import QUIET, rows, tokens
 
 from meristem.training.continual import continual
-
-gc.freeze()  # every train() ends in gc.collect(), which would walk all of torch and TRL: 0.4 s of 0.5 s
 
 CLASSES: dict[str, tuple[type, type]] = {
     "plain": (transformers.Trainer, transformers.TrainingArguments),

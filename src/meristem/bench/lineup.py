@@ -1,7 +1,8 @@
 """The runs of a benchmark: method x order x seed, each with everything that decides its result.
 
 Two baselines follow no order: ``per-task`` trains each task alone from the start, ``joint`` all tasks at once. They run
-once per seed, whatever the orders.
+once per seed, whatever the orders. The methods of these names do the same inside one line of updates, task after task;
+here they stand for the bounds.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from meristem.bench.material import Material
 from meristem.bench.protocols import Protocol
 from meristem.config import Recipe, resolve_recipe
 from meristem.errors import BadInput
-from meristem.methods.registry import parse
+from meristem.methods.registry import BEST, parse
 from meristem.store.canonical import PREFIX, digest_document
 
 SEQUENTIAL, PER_TASK, JOINT = "sequential", "per-task", "joint"
 BASELINES = (SEQUENTIAL, PER_TASK, JOINT)
+SEQ_FINETUNE = "seq-finetune"  # the method that has no hook: the same run under another name
 NO_ORDER = "any"
 SCHEMA = "meristem/bench-run/v1"
 
@@ -46,7 +48,8 @@ def read_method(text: str, stage: str) -> MethodSpec:
 
     Raises ``BadInput`` for an unknown name or argument, and for a method that does not work in ``stage``.
     """
-    parts = [_spelled(part) for part in re.split(r"\+(?=[A-Za-z])", "".join(text.split()))]  # not 1e+3
+    given = re.split(r"\+(?=[A-Za-z])", "".join(text.split()))  # not 1e+3
+    parts = [SEQUENTIAL if part == SEQ_FINETUNE else _spelled(_written_out(part)) for part in given]
     spec = "+".join(parts)
     if spec in BASELINES:
         return MethodSpec(spec, ())
@@ -60,6 +63,14 @@ def read_method(text: str, stage: str) -> MethodSpec:
                 f"method {method.label} works in stages {', '.join(sorted(method.stages))}, not in {stage}"
             )
     return MethodSpec(spec, tuple({"name": m.label, "arguments": m.arguments()} for m in built))
+
+
+def _written_out(part: str) -> str:
+    """``NAME:best`` as the arguments that it stands for today: a result's name outlives a settings file."""
+    name, _, rest = part.partition(":")
+    if BEST not in rest.split(","):
+        return part
+    return f"{name}:" + ",".join(f"{key}={value}" for key, value in parse(part).arguments().items())
 
 
 def _spelled(part: str) -> str:

@@ -15,11 +15,11 @@ def chain(module: str, name: str) -> list[ast.ClassDef]:
         if isinstance(node, ast.ClassDef) and node.name == name:
             bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
             return [node, *(one for base in bases for one in chain(module, base))]
-    for node in ast.walk(_tree(module)):  # an import under TYPE_CHECKING too: a package's public names
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            for alias in node.names:
+    for line in ast.walk(_tree(module)):  # an import under TYPE_CHECKING too: a package's public names
+        if isinstance(line, ast.ImportFrom) and line.module and not line.level:
+            for alias in line.names:
                 if (alias.asname or alias.name) == name:
-                    return chain(node.module, alias.name)
+                    return chain(line.module, alias.name)
     return []
 
 

@@ -38,9 +38,11 @@ def named(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def taken(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values that ``named`` gave, out of the tensors of a method state."""
+    """Copies of the values that ``named`` gave, out of a method state that stays the caller's."""
     start = prefix + "."
-    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+    return {
+        name.removeprefix(start): value.clone() for name, value in tensors.items() if name.startswith(start)
+    }
 
 
 def refuse_sharded(method: str, params: Params) -> None:
