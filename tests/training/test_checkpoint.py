@@ -1,6 +1,9 @@
 """Checkpoints: method state, the COMPLETE mark, and a resume that changes no bit."""
 
+import itertools
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -32,6 +35,7 @@ def make(folder, **options):
     }
     options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
     methods = [ExperienceReplay(ratio=0.4, capacity=6), EWC(samples=4)]
+    torch.manual_seed(0)  # TRL initializes the adapter before Hugging Face's trainer seeds
     return sft(folder, methods, rows(6, "B"), peft_config=lora, history={"A": rows(8, "A")}, **options)
 
 
@@ -80,6 +84,51 @@ def test_only_complete_folders_are_resumed_from(tmp_path):
         trainer.train(resume_from_checkpoint=str(newest))
     (older / "optimizer.pt").unlink()
     assert newest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+
+def test_killed_at_any_write_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
+    """A process dies before each fsync and each rename of the second checkpoint; the first must be found, or both."""
+    newest, first = [], tmp_path / "checkpoint-2"
+    write = _checkpoint.write
+
+    def dies_at_each_point(folder, states, step):
+        while step == 4:
+            assert not (folder / "meristem").exists() or newest  # Hugging Face's files are there before ours
+            child = os.fork()
+            if child == 0:
+                _die_after(len(newest))
+                write(folder, states, step)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            if os.WIFEXITED(status):
+                assert os.WEXITSTATUS(status) == 0
+                break
+            assert os.WTERMSIG(status) == signal.SIGKILL
+            newest.append(newest_complete_checkpoint(tmp_path))
+            if newest[-1] == folder:
+                assert {k: v["json"] for k, v in _checkpoint.read(folder).items()} == {
+                    k: v["json"] for k, v in states.items()
+                }
+        write(folder, states, step)
+
+    monkeypatch.setattr(_checkpoint, "write", dies_at_each_point)
+    make(tmp_path, max_steps=4, save_total_limit=1).train()
+    assert newest[0] == first and newest[-1] == tmp_path / "checkpoint-4" and len(newest) > 20
+    assert newest == sorted(newest) and newest.count(first) >= len(newest) - 3  # the mark is the last rename
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def _die_after(count):
+    """Kills this process instead of the call number ``count`` (from 0) of os.fsync or os.replace."""
+    calls = itertools.count()
+    for name in ("fsync", "replace"):
+
+        def counted(*args, original=getattr(os, name)):
+            if next(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args)
+
+        setattr(os, name, counted)
 
 
 def test_another_set_of_methods_cannot_resume(tmp_path):

@@ -42,6 +42,10 @@ class MeanLoss(Trainer):
 
     loss_is_scaled_for_ga = False
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the same, for transformers before 5.23
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return model(**inputs).loss
 
@@ -83,7 +87,7 @@ def test_an_extra_loss_weighs_the_same_whatever_the_accumulation(kind, tmp_path)
 @pytest.mark.parametrize("make", [plain, sft])
 def test_ids_and_tasks_reach_the_method(make, tmp_path):
     class Spy(Method):
-        name, columns = "spy", frozenset({"id", "task"})
+        name, columns, needs = "spy", frozenset({"id", "task"}), frozenset({"likelihood"})
         seen: ClassVar[list] = []
 
         def loss(self, step):
@@ -250,7 +254,7 @@ def test_the_reference_is_the_model_without_its_adapter(tmp_path):
 
 def test_values_are_logged_and_finish_runs_after_a_completed_training_only(tmp_path):
     class End(Method):
-        name = "end"
+        name, needs = "end", frozenset({"likelihood"})
         runs = 0
 
         def finish(self, ctx):

@@ -6,7 +6,7 @@ from statistics import mean
 import pytest
 import torch
 from tests.tiny import new_model, three_tasks
-from tests.training.stream import sft
+from tests.training.stream import plain, tokens
 
 from meristem.methods import EWC, ExperienceReplay, Joint
 
@@ -29,11 +29,12 @@ def stream(kind, seed, folder):
     Forgetting is the mean over tasks A, B of (loss at the end - loss right after learning the task); the final
     loss is the mean over all three tasks, so that a method cannot win by not learning.
     """
-    model, state, learned, tasks = new_model(seed), None, {}, three_tasks()
+    model, state, learned = new_model(seed), None, {}
+    tasks = {task: tokens(rows) for task, rows in three_tasks().items()}
     for task, rows in tasks.items():
         options = {"task": task, "method_state": state, "model": model, "seed": seed}
         options["history"] = {earlier: tasks[earlier] for earlier in learned}
-        trainer = sft(
+        trainer = plain(
             folder, METHODS[kind](), rows, max_steps=STEPS, per_device_train_batch_size=6, **options
         )
         trainer.train()

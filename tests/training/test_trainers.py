@@ -115,6 +115,28 @@ def test_ewc_pulls_as_its_formula_says_under_accumulation(kind, tmp_path):
         torch.testing.assert_close(value.detach(), without[name] - 0.1 * pull, rtol=1e-4, atol=1e-5)
 
 
+def test_packed_rows_train_with_methods_that_need_no_ids_and_ewc_measures_rows_unpacked(tmp_path):
+    """Four rows in one sequence: term and penalty weigh as ever; the Fisher is that of single rows."""
+    ends, fishers = {}, {}
+    for packing in (True, False):
+        for name, methods in (("none", []), ("both", [HalfSquare(), HalfSquareLoss()])):
+            trainer = make("sft", tmp_path, methods, 4, packing=packing, **SGD)
+            start = weights(trainer.model)
+            assert len(trainer.train_dataset) == (1 if packing else 4)
+            trainer.train()
+            ends[name] = weights(trainer.model)
+        for name in start:
+            torch.testing.assert_close(
+                ends["both"][name], ends["none"][name] - 0.1 * start[name], rtol=1e-4, atol=1e-6
+            )
+        still = {**SGD, "learning_rate": 0.0, "history": {"A": data("sft", 4)}, "task": "B"}
+        trainer = make("sft", tmp_path, [EWC(samples=4)], data("sft", 4, "B"), packing=packing, **still)
+        trainer.train()
+        fishers[packing] = trainer.method_state()["ewc"]["tensors"]
+    torch.testing.assert_close(fishers[True], fishers[False])
+    assert any(value.abs().sum() > 0 for key, value in fishers[True].items() if "fisher" in key)
+
+
 APPLIES = {
     "plain": ("experience-replay", "ewc"),
     "sft": ("experience-replay", "ewc"),
@@ -192,13 +214,13 @@ def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(kind, tmp_path):
 
 
 class NeedsRows(Method):
-    name = "needs-rows"
+    name, needs = "needs-rows", frozenset({"likelihood"})
 
     def finish(self, ctx):
         self.total = sum(float(ctx.loss(batch)) for batch in ctx.batches())
 
 
-@pytest.mark.parametrize("kind", ["reward", "grpo", "distillation"])
+@pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind not in ("plain", "sft", "dpo")])
 def test_a_method_that_needs_likelihoods_is_refused_where_there_are_none(kind):
     with pytest.raises(Clash, match=r"needs-rows needs the likelihood of rows, and .* use SFTTrainer"):
         continual(CLASSES[kind][0], [NeedsRows()])
@@ -224,6 +246,7 @@ def test_generated_batches_that_are_used_again_keep_their_ids(tmp_path):
     assert len(seen) == 4 and all(seen) and seen[:2] == seen[2:]
 
 
+@pytest.mark.skipif("distillation" not in CLASSES, reason="TRL has DistillationTrainer since 1.10")
 def test_another_stage_can_be_named_and_prompts_are_replayed(tmp_path):
     Spy.seen = []
     options = {"stage": "cit", "history": {"A": data("distillation", 4)}, "max_steps": 2, **FOUR}

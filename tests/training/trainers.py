@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 from typing import Any
 
@@ -14,16 +13,15 @@ from tests.training.stream import QUIET, rows, tokens
 
 from meristem.training.continual import continual
 
-gc.freeze()  # every train() ends in gc.collect(), which would walk all of torch and TRL: 0.4 s of 0.5 s
-
 CLASSES: dict[str, tuple[type, type]] = {
     "plain": (transformers.Trainer, transformers.TrainingArguments),
     "sft": (trl.SFTTrainer, trl.SFTConfig),
     "dpo": (trl.DPOTrainer, trl.DPOConfig),
     "reward": (trl.RewardTrainer, trl.RewardConfig),
     "grpo": (trl.GRPOTrainer, trl.GRPOConfig),
-    "distillation": (trl.DistillationTrainer, trl.DistillationConfig),
 }
+if hasattr(trl, "DistillationTrainer"):  # since TRL 1.10
+    CLASSES["distillation"] = (trl.DistillationTrainer, trl.DistillationConfig)
 SEAM = (
     "task",
     "history",

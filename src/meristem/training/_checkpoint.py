@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,9 @@ FOLDER, MARK, SCHEMA = "meristem", "COMPLETE", "meristem/checkpoint/v1"
 def write(checkpoint: Path, states: Mapping[str, MethodState], step: int) -> None:
     """Adds the states to ``checkpoint`` and marks it complete; durable when it returns."""
     folder = checkpoint / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what a process left that was killed here
+    folder.mkdir(parents=True)
     for name, state in states.items():
         tensors = {key: value.detach().cpu().contiguous() for key, value in state["tensors"].items()}
         _durable(folder / f"{name}.safetensors", lambda path, tensors=tensors: save_file(tensors, path))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
-from types import CodeType
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from meristem.errors import BadInput, Clash
-from meristem.methods.base import Method
+from meristem.methods.base import Context, Method, Step
 from meristem.training import _sharding, _upstream
+
+Given = TypeVar("Given", Context, Step)
 
 
 def clashes(trainer_cls: type, methods: Sequence[Method], stage: str | None) -> None:
@@ -43,7 +44,7 @@ def clashes(trainer_cls: type, methods: Sequence[Method], stage: str | None) -> 
             raise Clash(
                 f"method {method.label} runs a batch twice, and {trainer_cls.__name__} generates its batches"
             )
-        if not _upstream.has_likelihood(trainer_cls) and asks_for(type(method), "batches", "loss_of"):
+        if not _upstream.has_likelihood(trainer_cls) and "likelihood" in method.needs:
             raise Clash(
                 f"method {method.label} needs the likelihood of rows, and {trainer_cls.__name__} has no batches "
                 "of tokens and labels: use SFTTrainer"
@@ -63,7 +64,7 @@ def streams(methods: Sequence[Method], given: Any) -> None:
     """``given`` is no list and no ``Dataset``: methods that read its rows would see none."""
     if given is None:
         return
-    names = [m.label for m in methods if m.overrides("prepare_data") or asks_for(type(m), "batches", "rows")]
+    names = [m.label for m in methods if m.overrides("prepare_data") or "likelihood" in m.needs]
     if names:
         raise Clash(
             f"{', '.join(names)} needs the rows at hand: pass a datasets.Dataset or a list, not a stream"
@@ -94,16 +95,45 @@ def sharded_term(method: Method, value: Any) -> None:
         )
 
 
-def asks_for(method_class: type[Method], *names: str) -> bool:
-    """Whether the method's own code names one of these attributes of ``Context`` or ``Step``."""
-    own = [base for base in method_class.__mro__ if issubclass(base, Method) and base is not Method]
-    found = [
-        inspect.unwrap(getattr(f, "__func__", f)) for base in own for f in vars(base).values() if callable(f)
-    ]
-    codes = [f.__code__ for f in found if hasattr(f, "__code__")]
-    return any(_names(code) & set(names) for code in codes)
+def model_init(methods: Sequence[Method], arguments: Mapping[str, Any]) -> None:
+    """Hugging Face would build another model at ``train()``, after the methods have taken hold of the first."""
+    if methods and arguments.get("model_init") is not None:
+        raise Clash(f"{', '.join(m.label for m in methods)} cannot follow model_init: pass model=")
 
 
-def _names(code: CodeType) -> set[str]:
-    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return set(code.co_names).union(*map(_names, inner))
+def quantized(methods: Sequence[Method], params: Mapping[str, Any]) -> None:
+    """Weights in training that are quantized; under an adapter the quantized base is not in training."""
+    name = next((name for name, parameter in params.items() if _upstream.is_quantized(parameter)), None)
+    for method in methods if name else ():
+        if any(
+            method.overrides(hook) for hook in ("prepare_model", "penalty", "gradients", "weights", "around")
+        ):
+            raise Clash(
+                f"method {method.label} computes with the weights in training, and {name} is quantized: train an "
+                "adapter on it, or the model unquantized"
+            )
+
+
+def checkpoints(trainer: Any, writes: bool) -> None:
+    """Sharded before the trainer was made, by nobody who gathers: Hugging Face would save a rank's own shards."""
+    if writes and _sharding.sharded(trainer.parameters().values()) and not _upstream.gathers(trainer.model):
+        raise Clash(
+            f"{type(trainer).__name__} can neither write nor read checkpoints of weights sharded by fully_shard: "
+            'save_strategy="no", or let accelerate shard them (FSDP2)'
+        )
+
+
+def declared(method: Method, given: Given) -> Given:
+    """``given`` for this method: what it has not declared in ``needs`` says so when it is called."""
+    if "likelihood" in method.needs:
+        return given
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise Clash(
+            f"method {method.label} asks for the likelihood of rows, which not every trainer has: declare it by "
+            'needs = frozenset({"likelihood"})'
+        )
+
+    if isinstance(given, Step):
+        return replace(given, loss_of=refuse)
+    return replace(given, batcher=refuse, loss_of=refuse)

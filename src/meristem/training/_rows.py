@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from datasets import Dataset
 
+from meristem.errors import Clash
 from meristem.methods.base import Row
+
+
+class Stream(Sequence[Row]):
+    """Stands for the rows of a task that come as a stream: whoever asks for them is told."""
+
+    def __len__(self) -> NoReturn:
+        raise Clash(
+            "a method asks for ctx.rows, and this run has a stream: pass a datasets.Dataset or a list"
+        )
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        self.__len__()
 
 
 def with_ids(given: Any, task: str) -> Dataset:

@@ -6,8 +6,9 @@ cause is in this file.
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from meristem.errors import Clash
+from meristem.errors import BadInput, Clash
 from meristem.training import _tags
 
 _STAGES: dict[str, frozenset[str]] = {
@@ -105,6 +106,27 @@ def _rotate(trainer: Any, folder: Path) -> None:
     )
 
 
+def by_name(
+    trainer_class: type, seam: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A trainer's arguments by their names, positional ones as its constructor calls them.
+
+    A constructor that only passes on (``*args, **kwargs``) says nothing: the next one behind it is asked.
+    """
+    behind = trainer_class.__mro__[trainer_class.__mro__.index(seam) + 1 :]
+    for initializer in (vars(base)["__init__"] for base in behind if "__init__" in vars(base)):
+        parameters = list(inspect.signature(initializer).parameters.values())[1:]
+        names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        if len(args) <= len(names):
+            twice = sorted(set(names[: len(args)]) & kwargs.keys())
+            if twice:
+                raise BadInput(f"{trainer_class.__name__} got {', '.join(twice)} twice: by place and by name")
+            return {**dict(zip(names, args, strict=False)), **kwargs}
+        if any(p.kind is not p.VAR_POSITIONAL and p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    raise BadInput(f"{trainer_class.__name__} takes fewer positional arguments than {len(args)}: name them")
+
+
 def stages_of(trainer_class: type) -> frozenset[str] | None:
     """The stages a trainer serves, by the names in its MRO; None for one we do not know."""
     for base in trainer_class.__mro__:
@@ -165,11 +187,19 @@ def tokenized(trainer: Any, rows: Sequence[dict[str, Any]]) -> Dataset:
     shuffle, trainer.args.shuffle_dataset = getattr(trainer.args, "shuffle_dataset", False), False
     try:
         formatting = getattr(trainer, "_formatting_func", None)
-        return trainer._prepare_dataset(
+        made = trainer._prepare_dataset(
             data, trainer.processing_class, trainer.args, False, formatting, "method"
         )
+        return made if "labels" in made.column_names else made.map(_with_labels)
     finally:
         trainer.args.shuffle_dataset = shuffle
+
+
+def _with_labels(row: dict[str, Any]) -> dict[str, Any]:
+    """``labels`` where TRL before 1.8 leaves masks to its collator."""
+    masks = [row[name] for name in ("completion_mask", "assistant_masks") if row.get(name) is not None]
+    kept = [all(marks) for marks in zip(*masks, strict=True)] if masks else [True] * len(row["input_ids"])
+    return {"labels": [token if keep else -100 for token, keep in zip(row["input_ids"], kept, strict=True)]}
 
 
 def _chosen(pair: dict[str, Any], limit: int | None) -> dict[str, list[int]]:
@@ -241,6 +271,18 @@ def unusual_gradients(accelerator: Any) -> str | None:
     if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1:
         return "FSDP1, whose parameters are flattened (use FSDP2)"
     return None
+
+
+def is_quantized(parameter: Any) -> bool:
+    """Whether it holds its values packed (bitsandbytes, GPTQ) or as a tensor of its own kind (torchao, quanto)."""
+    kind = type(parameter.data)
+    plain = kind in (torch.Tensor, nn.Parameter) or hasattr(parameter, "full_tensor")
+    return not plain or not parameter.is_floating_point()
+
+
+def gathers(model: nn.Module) -> bool:
+    """Whether transformers sharded the model when it loaded it, and so gathers it to save it."""
+    return bool(getattr(causal_model(model), "is_distributed_loading_by_transformers", False))
 
 
 def sharded_by_accelerate(accelerator: Any) -> bool:

@@ -15,7 +15,6 @@ the optimizer, ``weights``.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -28,11 +27,10 @@ import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerCallback
 
 from meristem.errors import BadInput, Clash, NonFiniteLoss
 from meristem.methods.base import Context, Method, MethodState, Row, Step, trainable
-from meristem.training import _checkpoint, _refusals, _rows, _sharding, _tags, _upstream
+from meristem.training import _checkpoint, _hooks, _refusals, _rows, _sharding, _tags, _upstream
 from meristem.training._checkpoint import newest_complete_checkpoint
 
 __all__ = ["ContinualTrainer", "continual", "newest_complete_checkpoint"]
@@ -73,10 +71,10 @@ class ContinualTrainer(_upstream.PrivateHooks):
         progress: Callable[[str, int], Callable[[int], None]] | None = None,
         **kwargs: Any,
     ) -> None:
-        parent = super().__init__
-        given = inspect.signature(parent).bind_partial(*args, **kwargs)
-        options = given.arguments.get("args")
+        given = _upstream.by_name(type(self), ContinualTrainer, args, kwargs)
+        options = given.get("args")
         _refusals.packing(self.methods, options)
+        _refusals.model_init(self.methods, given)
         for method in self.methods:
             if method_state and method.label in method_state:
                 method.load_state_dict(method_state[method.label])
@@ -87,12 +85,12 @@ class ContinualTrainer(_upstream.PrivateHooks):
         self.context = Context(
             task=task or "task",
             seed=getattr(options, "seed", 0),
-            tokenizer=given.arguments.get("processing_class"),
+            tokenizer=given.get("processing_class"),
             history={name: list(_rows.with_ids(rows, name)) for name, rows in (history or {}).items()},
             reporter=progress,
         )
-        self._prepare_rows(given.arguments)
-        parent(*given.args, **given.kwargs)
+        self._prepare_rows(given)
+        super().__init__(**given)
         self._attach()
 
     # ---- construction --------------------------------------------------------------------------------------
@@ -110,15 +108,18 @@ class ContinualTrainer(_upstream.PrivateHooks):
             arguments["train_dataset"] = data if rows is data else _rows.dataset(rows)
         else:
             _refusals.streams(self.methods, given)
+            self.context.rows = () if given is None else _rows.Stream()
         if isinstance(arguments.get("eval_dataset"), list):
             arguments["eval_dataset"] = _rows.dataset(arguments["eval_dataset"])
 
     def _attach(self) -> None:
-        """The model exists, the optimizer does not: collator, callback, forward hook, ``prepare_model``."""
+        """The model exists, the optimizer does not: collator, callback, ``prepare_model``."""
         _refusals.gradients(self.methods, self)
+        _refusals.quantized(self.methods, self.parameters())
+        _refusals.checkpoints(self, writes=str(self.args.save_strategy) not in ("no", "SaveStrategy.NO"))
         self.data_collator = _tags.TaggingCollator(self.data_collator)
         if any(m.overrides("weights") for m in self.methods):
-            self.add_callback(_WeightsCallback(self))  # type: ignore[attr-defined]
+            self.add_callback(_hooks.WeightsCallback(self.methods, self.parameters))  # type: ignore[attr-defined]
         context = self.context
         context.tokenizer = self.processing_class
         context.model = self.model
@@ -126,13 +127,10 @@ class ContinualTrainer(_upstream.PrivateHooks):
         with self._sharded():
             # What replaces the architecture comes first: the others hold on to the weights that they find.
             for method in sorted(self.methods, key=lambda m: not m.replaces_architecture):
-                method.prepare_model(self.model, context)
-        if any(m.overrides("loss") for m in self.methods):
-            _upstream.backbone(self.model).register_forward_hook(self._catch_hidden)
+                method.prepare_model(self.model, _refusals.declared(method, context))
 
-    def _catch_hidden(self, module: Any, inputs: Any, output: Any) -> None:
-        if torch.is_grad_enabled():
-            self._hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+    def _keep_hidden(self, states: Tensor) -> None:
+        self._hidden = states
 
     def _batches(self, rows: Sequence[Row], batch_size: int) -> Iterator[dict[str, Any]]:
         """Collated batches of raw rows on the model's device; rows whose labels are all masked are left out."""
@@ -189,16 +187,21 @@ class ContinualTrainer(_upstream.PrivateHooks):
         """
         self.interrupted = False
         folder = self._resumed(resume_from_checkpoint)
-        result = super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)  # type: ignore[misc]
+        catches = any(m.overrides("loss") for m in self.methods)
+        backbone = _upstream.backbone(self.model)
+        with _hooks.hidden_states(backbone, self._keep_hidden) if catches else nullcontext():
+            result = super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)  # type: ignore[misc]
+        self._hidden = None
         if not self.interrupted:
             with self._sharded():
                 for method in self.methods:
-                    method.finish(self.context)
+                    method.finish(_refusals.declared(method, self.context))
         return result
 
     def _resumed(self, wanted: str | Path | bool | None) -> Path | None:
         if wanted is None or wanted is False:
             return None
+        _refusals.checkpoints(self, writes=True)
         folder = newest_complete_checkpoint(self.args.output_dir) if wanted is True else Path(wanted)
         if folder is None:
             raise BadInput(
@@ -263,7 +266,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
             self._refuse_non_finite(value)
             self._noted[f"{method.label}/penalty"].append(value.detach())
             if value.requires_grad:
-                _add_gradient(value, list(params.values()))
+                _hooks.add_gradient(value, list(params.values()))
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's loss, and while training each method's term as a mean over micro-batches."""
@@ -295,7 +298,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
         )
         total = torch.zeros((), device=self.args.device)
         for method in adding:
-            value = method.loss(step)
+            value = method.loss(_refusals.declared(method, step))
             if value is not None:
                 _refusals.sharded_term(method, value)
                 self._noted[f"{method.label}/loss"].append(value.detach())
@@ -363,32 +366,3 @@ class ContinualTrainer(_upstream.PrivateHooks):
         if self.args.should_save:
             _checkpoint.write(folder, states, self.state.global_step)
         self.accelerator.wait_for_everyone()
-
-
-class _WeightsCallback(TrainerCallback):
-    """Calls ``weights`` right after the optimizer step, with a copy from before it only if declared."""
-
-    def __init__(self, trainer: ContinualTrainer):
-        self.trainer = trainer
-        self.active = [m for m in trainer.methods if m.overrides("weights")]
-        self.before: dict[str, Tensor] | None = None
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        if any(m.needs_before for m in self.active):
-            self.before = {name: p.detach().clone() for name, p in self.trainer.parameters().items()}
-
-    @torch.no_grad()
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        params = self.trainer.parameters()
-        with _sharding.mixing(params.values()):
-            for method in self.active:
-                method.weights(params, self.before if method.needs_before else None)
-        self.before = None
-
-
-def _add_gradient(value: Tensor, params: list[Tensor]) -> None:
-    """``param.grad += d value / d param``; not ``backward()``, so that DDP's reducer hooks stay out of it."""
-    live = [p for p in params if p.requires_grad]
-    for parameter, grad in zip(live, torch.autograd.grad(value, live, allow_unused=True), strict=True):
-        if grad is not None:
-            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)

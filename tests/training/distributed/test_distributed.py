@@ -137,6 +137,8 @@ def test_what_cannot_work_on_sharded_weights_says_so_by_name(runs):
     for rank in ranks:
         said = rank["refused"]
         assert "make it a penalty" in said.pop("row-term")
+        for name in ("save", "resume"):  # Hugging Face's trainer would write and read this rank's shards
+            assert "neither write nor read checkpoints of weights sharded by fully_shard" in said.pop(name)
         assert set(said) == {name for name, found in all_facts().items() if not found.sharded}
         assert all(name in line and "\n" not in line for name, line in said.items()), said
 

@@ -56,7 +56,7 @@ class HiddenTerm(RowTerm):
 class Again(Method):
     """Half of the likelihood of the batch by a second forward through the wrapped model."""
 
-    name = "again"
+    name, needs = "again", frozenset({"likelihood"})
 
     def loss(self, step: Any) -> Any:
         return 0.5 * step.loss_of(step.inputs)
@@ -208,10 +208,18 @@ def refusals(folder: Path, mesh: Any) -> dict[str, str]:
             make("sft", folder, [build(name)], data("sft", 2), model=shard(new_model(), mesh))
         except Clash as clash:
             said[name] = str(clash)
-    try:
-        make("sft", folder, [RowTerm()], data("sft", 2), model=shard(new_model(), mesh), max_steps=1).train()
-    except Clash as clash:
-        said["row-term"] = str(clash)
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    for name, options, resume in (
+        ("row-term", {}, None),
+        ("save", saving, None),
+        ("resume", {}, str(folder)),
+    ):
+        model = shard(new_model(), mesh)
+        try:
+            made = make("sft", folder, [RowTerm()], data("sft", 2), model=model, max_steps=1, **options)
+            made.train(resume_from_checkpoint=resume)
+        except Clash as clash:
+            said[name] = str(clash)
     return said
 
 
