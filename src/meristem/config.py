@@ -127,6 +127,7 @@ class Recipe(_Strict):
     device: Device = "cpu"
     checkpoint_steps: Annotated[int, Field(ge=1)] = 20
     seed: int = 0
+    lean: bool = True  # the same losses without the work that cannot change them (training._lean)
 
     @model_validator(mode="after")
     def _packs_text(self) -> Recipe:
@@ -135,9 +136,11 @@ class Recipe(_Strict):
         return self
 
     def document(self) -> dict[str, Any]:
-        """``packing``, a later key, stands there only when it is on: older recipes keep their digest."""
+        """Later keys stand there only when they are not the default: older recipes keep their digest."""
         fields = self.model_dump(mode="json")
-        return {"schema": RECIPE_SCHEMA, **{k: v for k, v in fields.items() if k != "packing" or v}}
+        later = {"packing": False, "lean": True}
+        kept = {k: v for k, v in fields.items() if k not in later or v != later[k]}
+        return {"schema": RECIPE_SCHEMA, **kept}
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> Recipe:

@@ -42,7 +42,7 @@ def stage_trainer(
     """A ``trainer_cls`` with the recipe's methods, on the job's rows in the ``shape`` that it reads."""
     methods = [build(m.name, m.arguments) for m in recipe.methods]
     model, tokenizer = trainable_model(recipe, job["folder"], job["base_folder"])
-    trainer = continual(trainer_cls, methods=methods, stage=stage)(
+    trainer = continual(trainer_cls, methods=methods, stage=stage, lean=recipe.lean)(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list([shape(row) for row in job["rows"]]),
