@@ -121,9 +121,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
     def _attach(self) -> None:
         """The model exists, the optimizer does not: collator, callback, forward hook, ``prepare_model``."""
         _refusals.gradients(self.methods, self)
-        self.not_lean: list[str] = (
-            _lean.report(self) if self.lean else []
-        )  # what it cannot leave out, and why
+        self.not_lean = _lean.report(self) if self.lean else []  # what it cannot leave out, and why
         self.data_collator = _tags.TaggingCollator(self.data_collator)
         if any(m.overrides("weights") for m in self.methods):
             self.add_callback(_WeightsCallback(self))  # type: ignore[attr-defined]
