@@ -153,7 +153,7 @@ def side_by_side(runs: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
     """Every run's steps, taken in turns: one step of the first, one of the second, ...; then the other way round."""
     workers = {label: worker(orders) for label, orders in runs.items()}
     steps: dict[str, list[dict[str, float]]] = {label: [] for label in runs}
-    ends: dict[str, dict[str, float]] = {}
+    ends: dict[str, dict[str, Any]] = {}
     try:
         for process in workers.values():
             heard(process)
@@ -185,7 +185,7 @@ def heard(process: subprocess.Popen[str], word: str | None = None) -> dict[str, 
     return answer
 
 
-def summary(steps: list[dict[str, float]], end: dict[str, float]) -> dict[str, Any]:
+def summary(steps: list[dict[str, float]], end: dict[str, Any]) -> dict[str, Any]:
     """Seconds and tokens of each step after the first; ``_total_train_tokens`` counts from the start."""
     tokens = [now["tokens"] - before["tokens"] for before, now in pairwise(steps)]
     return {
@@ -196,6 +196,7 @@ def summary(steps: list[dict[str, float]], end: dict[str, float]) -> dict[str, A
         "peak_with_finish_mib": round(end["peak_kib"] / 1024),
         "prepare_cpu": round(end["prepare_cpu"], 2),
         "finish_cpu": round(end["finish_cpu"], 2),
+        "losses": end["losses"],
     }
 
 
@@ -203,6 +204,10 @@ def ratio(run: dict[str, Any], base: dict[str, Any], clock: str) -> float:
     """Median over the steps of (seconds per token of ``run``) / (of ``base``)."""
     per_token = [[s / t for s, t in zip(one[clock], one["tokens"], strict=True)] for one in (run, base)]
     return statistics.median(mine / other for mine, other in zip(*per_token, strict=True))
+
+
+def apart(run: dict[str, Any], base: dict[str, Any]) -> float:
+    return max(abs(mine - other) for mine, other in zip(run["losses"], base["losses"], strict=True))
 
 
 def grown(name: str) -> dict[str, Any]:

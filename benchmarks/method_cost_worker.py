@@ -102,7 +102,11 @@ def measured(orders: dict[str, Any], answers: TextIO) -> None:
     prepared = time.process_time() - started
     holder[0].train()
     spent = time.process_time() - gate.before[1]  # since the last step: finish
-    tell(answers, {"prepare_cpu": prepared, "finish_cpu": spent, "peak_kib": peak_kib()})
+    losses = [entry["loss"] for entry in holder[0].state.log_history if "loss" in entry]
+    tell(
+        answers,
+        {"prepare_cpu": prepared, "finish_cpu": spent, "peak_kib": peak_kib(), "losses": losses},
+    )
 
 
 def built(
