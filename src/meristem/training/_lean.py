@@ -67,7 +67,7 @@ def uncopied_inputs(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            del layer._cast_input_dtype
+            vars(layer).pop("_cast_input_dtype", None)
 
 
 class _InChunks:
@@ -104,8 +104,7 @@ class _Uncopied:
 def _may_skip(layer: nn.Module) -> bool:
     """A plain LoRA on a linear layer whose first operation on its input is the product."""
     return (
-        type(layer).__name__ == "Linear"
-        and isinstance(layer, LoraLinear)
+        type(layer) is LoraLinear
         and hasattr(layer, "_cast_input_dtype")
         and not layer.lora_variant
         and all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
