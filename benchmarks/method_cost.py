@@ -232,6 +232,9 @@ def table(found: dict[str, Any]) -> str:
         runs = one["runs"]
         for label in runs if name == "empty" else [name]:
             lines.append(row(label, runs[label], runs["TRL"], runs["empty seam"]))
+    if runs := found["groups"].get("empty", {}).get("runs"):
+        far = [f"{label} {apart(run, runs['TRL']):g}" for label, run in runs.items() if label != "TRL"]
+        lines += ["", f"Largest difference of a step's loss from TRL's: {'; '.join(far)}."]
     lines += [
         "",
         "| method | " + " | ".join(f"{part} at {n}" for part in ("state", "adapter") for n in MARKS) + " |",

@@ -1,7 +1,7 @@
-"""Every private or unstable name of transformers, TRL, PEFT and accelerate that Meristem touches.
+"""Private and unstable names of transformers, TRL, PEFT and accelerate that Meristem touches; ``_lean`` has the others.
 
 Checked against transformers 5.23, TRL 1.16, PEFT 0.21, accelerate 1.15. When an upgrade breaks the seam, the
-cause is in this file.
+cause is in one of the two.
 """
 
 from __future__ import annotations
