@@ -175,6 +175,7 @@ class Recipe(_Strict):
     device: Device = "cpu"
     checkpoint_steps: Annotated[int, Field(ge=1)] = 20
     seed: int = 0
+    lean: bool = True  # the same losses without the work that cannot change them (training._lean)
 
     @model_validator(mode="before")
     @classmethod
@@ -225,7 +226,7 @@ class Recipe(_Strict):
     def document(self) -> dict[str, Any]:
         """Keys that came later stand there only when they are not the default: older recipes keep their digest."""
         fields, default = self.model_dump(mode="json"), Recipe().model_dump(mode="json")
-        later = {"packing", "preference", "weights", *_PARTS["infinite"]}
+        later = {"packing", "preference", "weights", "lean", *_PARTS["infinite"]}
         kept = {key: value for key, value in fields.items() if key not in later or value != default[key]}
         return {"schema": RECIPE_SCHEMA, **kept}
 

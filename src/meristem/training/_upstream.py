@@ -1,13 +1,12 @@
-"""Every private or unstable name of transformers, TRL, PEFT and accelerate that Meristem touches.
+"""Private and unstable names of transformers, TRL, PEFT and accelerate that Meristem touches; ``_lean`` has the others.
 
 Checked against transformers 5.23, TRL 1.16, PEFT 0.21, accelerate 1.15. When an upgrade breaks the seam, the
-cause is in this file.
+cause is in one of the two.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -232,6 +231,12 @@ def causal_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def has_fused_head(model: nn.Module) -> bool:
+    """Whether TRL has put its fused head on the model; to be asked before accelerate wraps ``forward``."""
+    forward: Any = getattr(vars(causal_model(model)).get("forward"), "__func__", None)
+    return hasattr(forward, "__code__") and forward.__code__.co_name == "_fused_forward"
+
+
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
     """The same model without its PEFT adapter."""
@@ -239,26 +244,6 @@ def adapter_off(model: nn.Module) -> Iterator[nn.Module]:
         raise Clash("a method asks for a reference model: train an adapter, or pass reference_model=")
     with model.disable_adapter():
         yield model
-
-
-@contextmanager
-def labelled_positions_only(device: torch.device) -> Iterator[None]:
-    """Let TRL's fused LM head skip masked positions on the CPU too.
-
-    Without Triton it projects every position to the vocabulary, to keep tensor shapes constant for compilers;
-    on a CPU that is most of the step when the loss is on short completions (SmolLM2-135M, 66 tokens a row, 4 of
-    them labelled: 2.7 s a step before, 1.1 s with this on one thread; benchmarks/README.md). Same values.
-    """
-    fused: Any = sys.modules.get("trl.trainer.utils")  # not imported: the trainer is not TRL's
-    original = getattr(fused, "_use_triton", None)
-    if device.type != "cpu" or original is None:
-        yield
-        return
-    fused._use_triton = lambda _: True
-    try:
-        yield
-    finally:
-        fused._use_triton = original
 
 
 def unusual_gradients(accelerator: Any) -> str | None:

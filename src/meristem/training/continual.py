@@ -30,24 +30,37 @@ from torch import Tensor
 
 from meristem.errors import BadInput, Clash, NonFiniteLoss
 from meristem.methods.base import Context, Method, MethodState, Row, Step, trainable
-from meristem.training import _checkpoint, _hooks, _refusals, _rows, _sharding, _tags, _upstream
+from meristem.training import (
+    _checkpoint,
+    _hooks,
+    _lean,
+    _refusals,
+    _rows,
+    _sharding,
+    _tags,
+    _upstream,
+)
 from meristem.training._checkpoint import newest_complete_checkpoint
 
 __all__ = ["ContinualTrainer", "continual", "newest_complete_checkpoint"]
 
 
-def continual(trainer_cls: type, methods: Sequence[Method], stage: str | None = None) -> type:
+def continual(
+    trainer_cls: type, methods: Sequence[Method], stage: str | None = None, lean: bool = True
+) -> type:
     """A subclass of ``trainer_cls`` that trains with ``methods``.
 
     Its constructor takes all that ``trainer_cls`` takes, and by keyword ``task`` (name of the present task),
     ``method_state`` (what ``method_state()`` of the previous update gave), ``history`` (earlier task -> raw
     rows), ``reference_model`` and ``progress`` (``(label, total) -> advance``). ``stage`` says which stage a
     trainer serves that Meristem does not know; without it the stages of such a trainer are not checked.
-    Methods that cannot work together or with this trainer are refused by name (``Clash``).
+    Methods that cannot work together or with this trainer are refused by name (``Clash``). ``lean`` leaves out
+    work that cannot change the trainer's losses (``_lean``), where it can; False keeps to the trainer's own path.
     """
     attached = list(methods)
     _refusals.clashes(trainer_cls, attached, stage)
-    namespace = {"methods": attached, "__module__": trainer_cls.__module__, "__doc__": trainer_cls.__doc__}
+    told = {"__module__": trainer_cls.__module__, "__doc__": trainer_cls.__doc__}
+    namespace = {"methods": attached, "lean": lean, **told}
     return type(f"Continual{trainer_cls.__name__}", (ContinualTrainer, trainer_cls), namespace)
 
 
@@ -56,6 +69,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
 
     methods: Sequence[Method] = ()
     interrupted = False
+    lean = True
     model: Any
     processing_class: Any
     data_collator: Any
@@ -117,6 +131,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
         _refusals.gradients(self.methods, self)
         _refusals.quantized(self.methods, self.parameters())
         _refusals.checkpoints(self, writes=str(self.args.save_strategy) not in ("no", "SaveStrategy.NO"))
+        self.not_lean = _lean.report(self) if self.lean else []  # what it cannot leave out, and why
         self.data_collator = _tags.TaggingCollator(self.data_collator)
         if any(m.overrides("weights") for m in self.methods):
             self.add_callback(_hooks.WeightsCallback(self.methods, self.parameters))  # type: ignore[attr-defined]
@@ -189,7 +204,10 @@ class ContinualTrainer(_upstream.PrivateHooks):
         folder = self._resumed(resume_from_checkpoint)
         catches = any(m.overrides("loss") for m in self.methods)
         backbone = _upstream.backbone(self.model)
-        with _hooks.hidden_states(backbone, self._keep_hidden) if catches else nullcontext():
+        with (
+            _hooks.hidden_states(backbone, self._keep_hidden) if catches else nullcontext(),
+            _lean.uncopied_inputs(self.model) if self.lean else nullcontext(),
+        ):
             result = super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)  # type: ignore[misc]
         self._hidden = None
         if not self.interrupted:
@@ -275,7 +293,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
             self._tags = _tags.pop(inputs)
         self._hidden = None
         given = dict(inputs) if isinstance(inputs, Mapping) else inputs
-        with _upstream.labelled_positions_only(self.args.device):
+        with _lean.labelled_positions(self.args.device) if self.lean else nullcontext():
             result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         adding = [m for m in self.methods if m.overrides("loss")]
         if not adding or not model.training or not torch.is_grad_enabled():

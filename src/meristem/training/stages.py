@@ -47,7 +47,9 @@ def stage_trainer(
         schedules.parts(recipe, recipe.max_steps)  # refuses before a model is loaded
     methods = [build(m.name, m.arguments) for m in recipe.methods]
     model, tokenizer = trainable_model(recipe, job["folder"], job["base_folder"])
-    trainer = continual(schedules.scheduled(trainer_cls, recipe), methods=methods, stage=stage)(
+    trainer = continual(
+        schedules.scheduled(trainer_cls, recipe), methods=methods, stage=stage, lean=recipe.lean
+    )(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list([shape(row) for row in job["rows"]]),
