@@ -12,12 +12,12 @@ demo: $(INSTALLED)  ## the whole story on a real LLM, in demo-workspace/
 test: $(INSTALLED) lint oldest  ## everything that CI checks
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-# Claims over whole streams and runs in a second process say nothing more about versions.
+# Claims over whole streams, runs in a second process and what no trainer touches say nothing more about versions.
 oldest: $(OLDEST)/.installed  ## the seam and the methods on the oldest supported TRL, transformers, PEFT, accelerate
 	MERISTEM_OLDEST=1 OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/pytest -n 2 \
 	  tests/test_versions.py tests/methods tests/training/test_attachment.py tests/training/test_checkpoint.py \
 	  tests/training/test_continual.py tests/training/test_trainers.py tests/training/test_pairs.py \
-	  -k 'not forgets_less and not new_process and not test_registry'
+	  -k 'not forgets_less and not new_process and not (test_registry or test_facts or test_settings or test_buffers)'
 
 sweep: $(INSTALLED)  ## the long form of what CI checks shortly; result files in benchmarks/
 	$(BIN)/python -m benchmarks.kill_sweep

@@ -1,7 +1,7 @@
 """Private and unstable names of transformers, TRL, PEFT and accelerate that Meristem touches; ``_lean`` has the others.
 
-Checked against transformers 5.23, TRL 1.16, PEFT 0.21, accelerate 1.15. When an upgrade breaks the seam, the
-cause is in one of the two.
+Tested on the versions of constraints-oldest.txt and of constraints.txt. When an upgrade breaks the seam, the cause
+is in one of the two.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def tokenized(trainer: Any, rows: Sequence[dict[str, Any]]) -> Dataset:
 
 
 def _with_labels(row: dict[str, Any]) -> dict[str, Any]:
-    """``labels`` where TRL before 1.8 leaves masks to its collator."""
+    """``labels`` where TRL (1.0) leaves masks to its collator."""
     masks = [row[name] for name in ("completion_mask", "assistant_masks") if row.get(name) is not None]
     kept = [all(marks) for marks in zip(*masks, strict=True)] if masks else [True] * len(row["input_ids"])
     return {"labels": [token if keep else -100 for token, keep in zip(row["input_ids"], kept, strict=True)]}
