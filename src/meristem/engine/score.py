@@ -23,6 +23,7 @@ from meristem.engine.batching import Journal, Plan, Progress, plan, run_batches
 from meristem.engine.load import Engine
 from meristem.engine.rows import TAIL, Pair, Row, chain_rows, tree_layout, tree_rows
 from meristem.errors import BadInput
+from meristem.methods.architecture.experts import routed
 
 LOGIT_ELEMENTS = 1 << 26  # logits of one batch, in the model's dtype: 128 MiB in bf16
 FLOAT_ELEMENTS = 1 << 23  # logits in fp32 at once: 32 MiB
@@ -124,7 +125,8 @@ def _score_rows(
     engine: Engine, rows: list[Row], pairs: Sequence[Pair], owners: Sequence[str], tree: bool
 ) -> list[list[Value]]:
     """The scores of the options on each row, in the order of its ``reads``."""
-    logits, starts = _tree_logits(engine, rows) if tree else _chain_logits(engine, rows)
+    with routed(engine.model, lambda: [row.context for row in rows]):
+        logits, starts = _tree_logits(engine, rows) if tree else _chain_logits(engine, rows)
     reads = [
         (starts[at] + node, token)
         for at, row in enumerate(rows)

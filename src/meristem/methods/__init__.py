@@ -9,7 +9,9 @@ from meristem.methods.base import Context, Method, MethodState, Step
 from meristem.methods.registry import available, build, parse
 
 if TYPE_CHECKING:
+    from meristem.methods.architecture.mocl import MoCL
     from meristem.methods.architecture.o_lora import OLoRA
+    from meristem.methods.architecture.param_isolation import ParamIsolation
     from meristem.methods.optimization.gpm import GPM
     from meristem.methods.optimization.lae import LAE
     from meristem.methods.regularization.ewc import EWC
@@ -26,8 +28,10 @@ __all__ = [
     "ExperienceReplay",
     "Method",
     "MethodState",
+    "MoCL",
     "OLoRA",
     "OldTeacherDistill",
+    "ParamIsolation",
     "Step",
     "available",
     "build",
@@ -40,8 +44,10 @@ _HOME = {
     "GPM": "meristem.methods.optimization.gpm",
     "LAE": "meristem.methods.optimization.lae",
     "MER": "meristem.methods.replay.mer",
+    "MoCL": "meristem.methods.architecture.mocl",
     "OLoRA": "meristem.methods.architecture.o_lora",
     "OldTeacherDistill": "meristem.methods.regularization.old_teacher_distill",
+    "ParamIsolation": "meristem.methods.architecture.param_isolation",
 }
 
 

@@ -9,9 +9,10 @@ import copy
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypedDict
 
 from meristem.errors import BadInput
 
@@ -22,7 +23,17 @@ Row = dict[str, Any]
 Batch = dict[str, Any]
 Params = Mapping[str, "nn.Parameter"]
 
-HOOKS = ("prepare_data", "prepare_model", "loss", "penalty", "gradients", "weights", "around", "finish")
+HOOKS = (
+    "prepare_data",
+    "prepare_model",
+    "batch",
+    "loss",
+    "penalty",
+    "gradients",
+    "weights",
+    "around",
+    "finish",
+)
 
 
 class MethodState(TypedDict):
@@ -51,6 +62,10 @@ class Method:
     """Whether ``weights`` wants a copy of the parameters from before the optimizer step."""
     replaces_architecture: ClassVar[bool] = False
     """Whether ``prepare_model`` rebuilds the network; two such methods clash."""
+    fresh_adapter: ClassVar[bool] = False
+    """Whether an update trains a fresh LoRA on the base instead of going on with the version's adapter."""
+    content: ClassVar[Literal["adapter", "experts"]] = "adapter"
+    """The kind of version that it makes; other than ``adapter``, ``save`` writes it, and only it continues one."""
 
     _arguments: dict[str, Any]
 
@@ -79,6 +94,10 @@ class Method:
 
     def prepare_model(self, model: Any, ctx: Context) -> None:
         """PEFT is applied, model and tokenizer are ready, the optimizer does not exist yet."""
+
+    def batch(self, inputs: Batch) -> AbstractContextManager[Any]:
+        """Entered around each forward on a labelled batch: the trainer's, evaluation's and that of ``ctx.loss``."""
+        return nullcontext()
 
     def loss(self, step: Step) -> Tensor | None:
         """An extra loss term for this micro-batch, as a mean; the seam scales it for accumulation."""
@@ -111,6 +130,10 @@ class Method:
 
     def load_state_dict(self, state: MethodState) -> None:
         """Restores what ``state_dict`` gave."""
+
+    def save(self, folder: Path) -> None:
+        """After ``finish``: writes the version into ``folder``, if its ``content`` is more than one adapter."""
+        raise NotImplementedError(f"{self.label} makes a version of kind {self.content}, which it must write")
 
 
 @dataclass

@@ -14,10 +14,15 @@ from meristem.config import Lora, Recipe
 from meristem.engine.load import load_for_training
 
 
-def trainable_model(recipe: Recipe, folder: Path, base_folder: Path | None) -> tuple[Any, Any]:
-    """``(model, tokenizer)`` of the version in ``folder``: its adapter if it has one, else a fresh LoRA."""
+def trainable_model(
+    recipe: Recipe, folder: Path, base_folder: Path | None, fresh: bool = False
+) -> tuple[Any, Any]:
+    """``(model, tokenizer)`` of the version in ``folder``: its adapter if it has one, else a fresh LoRA.
+
+    With ``fresh`` a fresh LoRA on its base in any case.
+    """
     set_seed(recipe.seed)  # a fresh LoRA is drawn at random
-    model, tokenizer = load_for_training(folder, base_folder, recipe.dtype, recipe.device)
+    model, tokenizer = load_for_training(folder, base_folder, recipe.dtype, recipe.device, fresh)
     if not isinstance(model, PeftModel):
         model = get_peft_model(model, lora_config(recipe.lora or Lora(), model))
     return model, tokenizer

@@ -207,7 +207,10 @@ def train(
                 "a checkpoint is kept, the same command continues"
             )
     adapter = folder / "adapter"
-    trainer.model.save_pretrained(str(adapter), selected_adapters=["default"])  # not stage ca's reference
+    if writer := next((method for method in trainer.methods if method.content != "adapter"), None):
+        writer.save(adapter)
+    else:
+        trainer.model.save_pretrained(str(adapter), selected_adapters=["default"])  # not stage ca's reference
     if here.base_folder is not None:
         for path in here.folder.iterdir():  # the parent's own tokenizer and chat template, if it has them
             if path.suffix != ".safetensors" and not (adapter / path.name).exists():
