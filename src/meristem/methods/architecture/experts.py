@@ -229,7 +229,8 @@ class _Layer:
         self.up = torch.cat([up.T for _, up, _ in factors])
         ranks = torch.tensor([len(down) for down, _, _ in factors])
         self.owner = torch.tensor(self.at).repeat_interleave(ranks)
-        self.scale = torch.tensor([scale for _, _, scale in factors]).repeat_interleave(ranks)
+        exact = torch.promote_types(self.down.dtype, torch.float32)
+        self.scale = torch.tensor([scale for *_, scale in factors], dtype=exact).repeat_interleave(ranks)
         self._chosen: tuple[tuple[int, ...], tuple[Tensor, ...]] | None = None
 
     def add(self, module: Any, inputs: Any, output: Tensor) -> Tensor:

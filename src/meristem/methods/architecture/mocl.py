@@ -34,7 +34,7 @@ class MoCL(TaskExperts):
     name = "mocl"
 
     def __init__(
-        self, temperature: float = 0.05, learned: bool = False, matching: float = 1.0, samples: int = 512
+        self, temperature: float = 0.01, learned: bool = False, matching: float = 1.0, samples: int = 512
     ) -> None:
         if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
             raise BadInput(f"mocl: temperature={temperature!r} must be a finite number above 0")
