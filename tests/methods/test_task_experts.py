@@ -1,6 +1,7 @@
 """Per-task experts: against merged weights row by row, frozen to the bit, routed without a task id, and the claims."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -234,6 +235,32 @@ def test_a_first_task_is_plain_lora_and_later_ones_leave_it_as_it_is(name, tmp_p
         torch.testing.assert_close(loaded(input_ids=ids).logits, here, rtol=1e-5, atol=1e-5)
 
 
+def test_texts_without_a_prompt_are_routed_by_all_their_tokens(tmp_path):
+    """Stage cpt: everything is labelled; the vector is that of whole texts, and each finds its own expert again."""
+    state, base = None, new_model().model.embed_tokens.weight.detach()
+    for task, texts in (("A", ["aab aba", "ab ba"]), ("B", ["XYX YYX XX", "YX"])):
+        trainer = sft(
+            tmp_path,
+            [ParamIsolation()],
+            [{"text": text} for text in texts],
+            model=adapted(new_model),
+            task=task,
+            method_state=state,
+            max_steps=1,
+        )
+        trainer.train()
+        state = trainer.method_state()
+        rows_ = [row["input_ids"] for row in trainer.train_dataset]
+        units = torch.stack([torch.nn.functional.normalize(base[ids].mean(0), dim=0) for ids in rows_])
+        vector = torch.nn.functional.normalize(units.mean(0), dim=0)
+        at = len(state["param-isolation"]["json"]["experts"]) - 1
+        torch.testing.assert_close(state["param-isolation"]["tensors"][f"vectors.{at}"], vector)
+    trainer.model.eval()
+    for batch in trainer.context.batches(batch_size=2):
+        trainer.context.loss(batch)
+        assert trainer.methods[0].experts.routing.weights.tolist() == [[0.0, 1.0], [0.0, 1.0]]
+
+
 def test_with_the_adapter_off_the_model_is_the_one_before_the_update(tmp_path):
     """So that a method that asks for a reference (distillation) does not get the bare base."""
     old, ids = two(), torch.tensor([list(b"C:0="), list(b"C:1=")])
@@ -296,10 +323,25 @@ def test_what_cannot_work_is_refused_by_name(tmp_path):
             sft(tmp_path, [MoCL()], rows(4), model=trained, method_state=given, task="B")
     with pytest.raises(Clash, match="mocl grows one LoRA, and none is in training"):
         MoCL().prepare_model(new_model(), Context("b"))
-    odd = expert("A", 1, [Q])
-    odd.factors["model.layers.7.mlp.up_proj"] = odd.factors[Q]
-    with pytest.raises(Clash, match=r"layers\.7\.mlp\.up_proj, which this model lacks"):
-        Experts(double(), RouterEntry(mode="top-1"), [odd])
+    for odd, says in (
+        ({"model.layers.7.mlp.up_proj": (torch.ones(2, 16), torch.ones(32, 2))}, "which this model lacks"),
+        (
+            {Q: (torch.ones(3, 16), torch.ones(16, 3))},
+            r"are \(3, 16\) and \(16, 3\), not \(2, 16\) and \(16, 2\)",
+        ),
+        ({DOWN: (torch.ones(2, 16), torch.ones(16, 2))}, r"not \(2, 32\) and \(16, 2\)"),
+    ):
+        bad = replace(expert("A", 1, [Q]), factors=odd)
+        with pytest.raises(BadInput, match=f"the expert of task 'A': .*{says}"):
+            Experts(double(), RouterEntry(mode="top-1"), [bad])
+    with pytest.raises(BadInput, match=r"its vector is \(3,\), the input embeddings are 16 wide"):
+        Experts(double(), RouterEntry(mode="top-1"), [replace(expert("A", 1, [Q]), vector=torch.ones(3))])
+    loaded = double()
+    Experts(loaded, RouterEntry(mode="top-1"), two())
+    with pytest.raises(Clash, match="routed by token ids"):
+        loaded(inputs_embeds=torch.ones(1, 3, 16, dtype=torch.float64))
+    with pytest.raises(Clash, match="outside its model"):
+        loaded.model.layers[0].self_attn.q_proj(torch.ones(1, 3, 16, dtype=torch.float64))
     for name, wrong in (
         ("mocl", {"temperature": 0}),
         ("mocl", {"learned": 1}),

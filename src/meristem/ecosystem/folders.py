@@ -55,13 +55,7 @@ def ingest(folder: Path, base: str | None = None) -> Iterator[tuple[Content, lis
 def _read_folder(folder: Path, base: str | None, stack: ExitStack) -> tuple[Content, list[Blob]]:
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; give a local Hugging Face folder or `embedded`")
-    kind: Literal["full", "adapter", "experts"] = (
-        "experts"
-        if (folder / EXPERTS_CONFIG).exists()
-        else "adapter"
-        if (folder / ADAPTER_CONFIG).exists()
-        else "full"
-    )
+    kind = _kind(folder)
     if kind == "full" and not (folder / CONFIG).exists():
         raise BadInput(f"{folder}: no {CONFIG} or {ADAPTER_CONFIG}; give a Hugging Face model or PEFT folder")
     if kind != "full" and base is None:
@@ -84,6 +78,12 @@ def _read_folder(folder: Path, base: str | None, stack: ExitStack) -> tuple[Cont
         files={name: blob.digest for name, blob in sorted(files.items())},
     )
     return content, [*tensors.values(), *files.values()]
+
+
+def _kind(folder: Path) -> Literal["full", "adapter", "experts"]:
+    if (folder / EXPERTS_CONFIG).exists():
+        return "experts"
+    return "adapter" if (folder / ADAPTER_CONFIG).exists() else "full"
 
 
 def _weight_files(folder: Path, kind: str) -> dict[Path, set[str] | None]:
@@ -213,7 +213,9 @@ def checkout(
 
 def checkout_experts(store: Store, content: Content, folder: Path, base_folder: Path) -> list[str]:
     """Write each expert of ``content`` as a PEFT folder of its own below ``folder``; returns their names."""
-    document = experts_format.parse(EXPERTS_CONFIG, store.read_blob(content.files[EXPERTS_CONFIG]))
+    document = experts_format.parse(
+        EXPERTS_CONFIG, store.read_blob(content.files[EXPERTS_CONFIG]), content.tensors
+    )
     names = experts_format.folder_names(
         document, {"base", "meristem.json", *content.files, *WEIGHTS.values()}
     )

@@ -28,6 +28,14 @@ def trainable_model(
     return model, tokenizer
 
 
+def save_trained(trainer: Any, folder: Path) -> None:
+    """Writes what was trained: the adapter, or what a method makes of it (``Method.save``)."""
+    if writer := next((method for method in trainer.methods if method.content != "adapter"), None):
+        writer.save(folder)
+    else:
+        trainer.model.save_pretrained(str(folder), selected_adapters=["default"])  # not stage ca's reference
+
+
 def lora_config(lora: Lora, model: Any) -> LoraConfig:
     """PEFT's configuration; ``lora.layers`` < 1 adapts the top layers only, so that backward stops there."""
     layers = model.config.get_text_config().num_hidden_layers

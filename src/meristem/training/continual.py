@@ -19,7 +19,7 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from meristem.errors import BadInput, Clash, NonFiniteLoss
 from meristem.methods.base import Context, Method, MethodState, Row, Step, trainable
 from meristem.training import _checkpoint, _refusals, _rows, _sharding, _tags, _upstream
 from meristem.training._checkpoint import newest_complete_checkpoint
+from meristem.training._seen import seen
 
 __all__ = ["ContinualTrainer", "continual", "newest_complete_checkpoint"]
 
@@ -161,7 +162,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
                 f"{type(self).__name__} gives no labels: a method asks for the likelihood of its batch"
             )
         inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
-        with self._seen(batch), self.compute_loss_context_manager():  # type: ignore[attr-defined]
+        with seen(self.methods, batch), self.compute_loss_context_manager():  # type: ignore[attr-defined]
             logits = (model if model is not None else self.model)(**inputs, use_cache=False).logits
         labels = batch["labels"][:, 1:].reshape(-1)
         flat = logits[:, :-1].reshape(-1, logits.shape[-1])
@@ -271,25 +272,17 @@ class ContinualTrainer(_upstream.PrivateHooks):
             self._tags = _tags.pop(inputs)
         self._hidden = None
         given = dict(inputs) if isinstance(inputs, Mapping) else inputs
-        with self._seen(given), _upstream.labelled_positions_only(self.args.device):
+        with seen(self.methods, given), _upstream.labelled_positions_only(self.args.device):
             result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         adding = [m for m in self.methods if m.overrides("loss")]
         if not adding or not model.training or not torch.is_grad_enabled():
             return result
         counted = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
-        with self._seen(given):
+        with seen(self.methods, given):
             extra = self._extra_loss(adding, model, given)
         if _upstream.loss_is_scaled(self, counted):
             extra = extra / _upstream.accumulation_steps(self)
         return (result[0] + extra, *result[1:]) if isinstance(result, tuple) else result + extra
-
-    def _seen(self, batch: Any) -> AbstractContextManager[Any]:
-        """Inside, the methods that ask for it know the labelled batch that the model runs on."""
-        stack = ExitStack()
-        for method in self.methods if isinstance(batch, Mapping) else ():
-            if method.overrides("batch"):
-                stack.enter_context(method.batch(dict(batch)))
-        return stack
 
     def _extra_loss(self, adding: list[Method], model: Any, inputs: Any) -> Tensor:
         step = Step(

@@ -171,6 +171,7 @@ def train(
     ``stopping`` is told on Ctrl-C, when the step under way is finished before ``Interrupted`` is raised.
     """
     with Interruption() as early:  # some libraries swallow a KeyboardInterrupt while they are imported
+        from meristem.training.adapters import save_trained
         from meristem.training.continual import newest_complete_checkpoint
         from meristem.training.reporting import ProgressCallback, method_progress
 
@@ -207,10 +208,7 @@ def train(
                 "a checkpoint is kept, the same command continues"
             )
     adapter = folder / "adapter"
-    if writer := next((method for method in trainer.methods if method.content != "adapter"), None):
-        writer.save(adapter)
-    else:
-        trainer.model.save_pretrained(str(adapter), selected_adapters=["default"])  # not stage ca's reference
+    save_trained(trainer, adapter)
     if here.base_folder is not None:
         for path in here.folder.iterdir():  # the parent's own tokenizer and chat template, if it has them
             if path.suffix != ".safetensors" and not (adapter / path.name).exists():

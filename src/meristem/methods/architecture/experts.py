@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, normalize, one_hot
 
-from meristem.errors import Clash
+from meristem.errors import BadInput, Clash
 from meristem.experts_format import ExpertEntry, RouterEntry
 
 _PLACE = "_meristem_experts"
@@ -122,11 +122,8 @@ class Experts:
         backbone = getattr(self.model, "base_model", self.model)
         self._hooks = [backbone.register_forward_pre_hook(self._on_forward, with_kwargs=True)]
         modules = dict(self.model.named_modules())
+        _refuse_misfits(self.model, modules, self.frozen)
         for name in dict.fromkeys(name for expert in frozen for name in expert.factors):
-            if name not in modules:
-                raise Clash(
-                    f"an expert changes layer {name}, which this model lacks: use the base it was made on"
-                )
             layer = _Layer(name, {at: e for at, e in enumerate(frozen) if name in e.factors}, self)
             self._hooks.append(modules[name].register_forward_hook(layer.add))
         if newest is not None:
@@ -278,6 +275,29 @@ def routed(model: Any, prompts: Callable[[], Sequence[Sequence[int]]]) -> Abstra
     """Inside, each row of a forward is routed by its prompt; nothing for a model without experts."""
     attached = of(model)
     return nullcontext() if attached is None else attached.fixed(prompts())
+
+
+def _refuse_misfits(model: Any, modules: Mapping[str, Any], experts: Sequence[Expert]) -> None:
+    """``BadInput`` where an expert is not of this base, or not of the shape that it says."""
+    width = model.get_input_embeddings().weight.shape[1]
+    for expert in experts:
+        about, odd = expert.about, ""
+        if expert.vector.shape != (width,):
+            odd = f"its vector is {tuple(expert.vector.shape)}, the input embeddings are {width} wide"
+        for name, (down, up) in expert.factors.items():
+            layer = modules.get(name)
+            if layer is None:
+                odd = f"it changes layer {name}, which this model lacks"
+                continue
+            found = (tuple(down.shape), tuple(up.shape))
+            d_in, d_out = (
+                getattr(layer, "in_features", down.shape[1]),
+                getattr(layer, "out_features", len(up)),
+            )
+            if found != (wanted := ((about.rank, d_in), (d_out, about.rank))):
+                odd = f"A and B of {name} are {found[0]} and {found[1]}, not {wanted[0]} and {wanted[1]}"
+        if odd:
+            raise BadInput(f"the expert of task {about.task!r}: {odd}; use the base that it was made on")
 
 
 def _causal(model: Any) -> Any:
