@@ -206,6 +206,8 @@ def test_a_first_task_is_plain_lora_and_later_ones_leave_it_as_it_is(name, tmp_p
         trainer.train()
     state = trainer.method_state()
     kept = state[name]["tensors"]
+    trainer.methods[0].load_state_dict(state[name])  # as a resumed trainer that had finished once
+    assert not trainer.methods[0].old and not trainer.methods[0].experts.frozen
     for key, value in first.state_dict().items():
         if "lora_" in key:
             ours_key = key.removeprefix("base_model.model.").replace(".default", "")

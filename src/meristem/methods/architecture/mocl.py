@@ -28,7 +28,7 @@ class MoCL(TaskExperts):
     Their vectors start at random and are always trained.
 
     ``temperature``: mean weight of the right expert on held-out prompts of three tasks (those of ``meristem demo``,
-    SmolLM2-135M-Instruct, whose mean embeddings all have cosines of 0.9 and more) at 1/8, the default of the authors'
+    SmolLM2-135M-Instruct, whose mean embeddings have cosines of 0.9 to 0.98) at 1/8, the default of the authors'
     code / 0.05 / 0.02 / 0.01: 0.44 / 0.58 / 0.80 / 0.93.
 
     Source: Wang et al. 2024 (arXiv 2404.00790). Claims: less forgetting. Stages: cpt, cit. State: one LoRA and one

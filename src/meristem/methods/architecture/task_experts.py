@@ -109,11 +109,16 @@ class TaskExperts(Method):
 
     @torch.no_grad()
     def load_state_dict(self, state: MethodState) -> None:
-        self.old, self.new = experts_in(state), None
+        found, self.new = {expert.about.task: expert for expert in experts_in(state)}, None
         if self._training is None:
+            self.old = list(found.values())
             return
+        # Of a checkpoint, into the model that is there already. It holds the expert in training too where it was
+        # written by a trainer that was trained on after it had finished.
         assert self.vector is not None
-        self.vector.copy_(state["tensors"]["vector"])  # of a checkpoint, into the model that is there already
+        unfinished = found.pop(self._training[1].task, None)
+        self.vector.copy_(unfinished.vector if unfinished else state["tensors"]["vector"])
+        self.old = list(found.values())
         self._attach()
 
     def save(self, folder: Path) -> None:
