@@ -268,13 +268,15 @@ Days = Annotated[float, Field(ge=0)]
 class WorkspaceConfig(_Strict):
     """``store`` and ``packs`` are URLs of what a team shares (None: in the workspace's folder).
 
-    ``retention``: days that unused bytes are kept, per kind of asset (``adapter`` and ``full`` are weights).
+    ``retention``: days that unused bytes are kept, per kind of asset (``adapter``, ``experts`` and ``full`` are weights).
     """
 
     schema_: Literal["meristem/workspace/v1"] = Field(alias="schema")
     store: Annotated[str, Field(pattern=r"^postgres(ql)?(\+psycopg)?://")] | None = None
     packs: Annotated[str, Field(min_length=1)] | None = None
-    retention: dict[Literal["adapter", "full", "dataset", "suite", "recipe", "method-state"], Days] = {}
+    retention: dict[
+        Literal["adapter", "experts", "full", "dataset", "suite", "recipe", "method-state"], Days
+    ] = {}
     evaluation: EvaluationSettings = EvaluationSettings()
     defaults: dict[str, Any] = {}
     models: dict[str, dict[str, Any]] = {}

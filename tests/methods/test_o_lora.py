@@ -136,8 +136,8 @@ def test_interrupted_resumed_and_carried_it_ends_in_the_same_bits_as_one_adapter
 
 
 def test_the_next_update_in_a_new_process_is_the_one_in_memory(tmp_path):
-    """Of GPM as well: a process takes seconds to start."""
-    made = {"o-lora": {}, "gpm": {"threshold": 0.8}}
+    """Of GPM and MoCL as well: a process takes seconds to start."""
+    made = {"o-lora": {}, "gpm": {"threshold": 0.8}, "mocl": {}}
     here = {}
     for name, arguments in made.items():
         model, kept = first(tmp_path / name, [build(name, arguments)])

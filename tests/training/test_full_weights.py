@@ -134,7 +134,7 @@ def test_what_cannot_be_is_refused_before_training(released, copy):
 def test_quantized_weights_and_methods_that_rebuild_a_model_are_refused(fresh, files, tmp_path):
     ws = ms.Workspace.open(fresh)
     with pytest.raises(
-        Clash, match="method o-lora adds to a model or rebuilds it, and weights: full trains it as"
+        Clash, match="method o-lora needs an adapter or rebuilds the model, and weights: full trains it as"
     ):
         ws.update("support", data=["a"], methods=["o-lora"], recipe=FULL)
     folder = tmp_path / "quantized"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint
+
 import pytest
+import torch
 from tests import acme
 
 import meristem as ms
-from meristem.config import Lora, Recipe
+from meristem.config import Lora, MethodConfig, Recipe, resolve_recipe
+from meristem.ecosystem import checkouts, versions
 from meristem.ecosystem.records import Plan
 from meristem.errors import BadInput
+from meristem.methods import Method, registry
+from meristem.training.adapters import trainable_model
 from meristem.training.recipes import settled
 
 SMALL = {"rank": 4, "alpha": 4, "layers": 0.5, "targets": ["q_proj", "v_proj"]}
@@ -81,3 +87,31 @@ def test_the_plan_stores_what_was_settled_and_refuses_before_anything_is_stored(
     recipe = ws.store.document(ws.plan("support").as_(Plan).recipe)
     assert recipe["lora"] == Lora().model_dump()
     ws.close()
+
+
+class Anew(Method):
+    name = "anew"
+    fresh_adapter = True
+
+
+def test_a_method_may_ask_for_a_fresh_adapter_on_the_base(small, monkeypatch):
+    """Of any shape, else of the lineage's; nothing of the version's own adapter is in it."""
+    entry = EntryPoint("anew", f"{__name__}:Anew", registry.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
+    asked = Recipe(methods=[MethodConfig(name="anew")])
+    assert settled(small.store, asked, small.version("support@v2")).lora == Lora(**SMALL)
+    recipe = resolve_recipe(
+        {"methods": [{"name": "anew"}], "lora": {"rank": 3}, "max_steps": 1, "max_length": 64}
+    )
+    recipe = settled(small.store, recipe, small.version("support@v2"))
+    assert recipe.lora == Lora(**{**SMALL, "rank": 3})
+    with small.store.database.read() as connection:
+        parent = versions.resolve(connection, "support@v2")
+        base = versions.content_of(connection, parent.content).base
+    here = checkouts.cached(small.store, parent.content)
+    fresh, tokenizer = trainable_model(recipe, here.folder, here.base_folder, fresh=True)
+    alone, _ = trainable_model(recipe, checkouts.cached(small.store, base).folder, None)
+    torch.testing.assert_close(fresh.state_dict(), alone.state_dict(), rtol=0, atol=0)
+    assert fresh.peft_config["default"].r == 3 and tokenizer.chat_template
+    continued, _ = trainable_model(recipe, here.folder, here.base_folder)
+    assert continued.peft_config["default"].r == 4

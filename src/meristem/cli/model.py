@@ -118,13 +118,17 @@ def checkout(
     """Write a version as a plain Hugging Face / PEFT folder."""
     with opened() as ws:
         made = ws.checkout(reference, to)
-        place = {"folder": str(made.folder), "base": str(made.base_folder) if made.base_folder else None}
-        note = (
-            f"{made.folder} (PEFT adapter; its base is in {made.base_folder})"
-            if made.base_folder
-            else made.folder
-        )
-        show(as_json, place, str(note))
+        place: dict[str, Any] = {
+            "folder": str(made.folder),
+            "base": str(made.base_folder) if made.base_folder else None,
+        }
+        note = f"{made.folder}"
+        if made.experts:
+            place["experts"] = list(made.experts)
+            note += f" (experts, each a PEFT adapter in its folder: {', '.join(made.experts)}; the base is in base)"
+        elif made.base_folder:
+            note += f" (PEFT adapter; its base is in {made.base_folder})"
+        show(as_json, place, note)
 
 
 @app.command("push")

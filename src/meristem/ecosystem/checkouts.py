@@ -31,10 +31,14 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Checkout:
-    """``folder`` loads as it is; for an adapter ``base_folder`` holds the weights that it sits on."""
+    """``folder`` loads as it is; for an adapter or experts ``base_folder`` holds the weights that they sit on.
+
+    ``experts``: names of the folders inside that hold one expert each, as a plain PEFT adapter.
+    """
 
     folder: Path
     base_folder: Path | None
+    experts: tuple[str, ...] = ()
 
 
 def cached(store: Store, content_digest: str, progress: Progress | None = None) -> Checkout:
@@ -50,7 +54,8 @@ def cached(store: Store, content_digest: str, progress: Progress | None = None) 
 def export(store: Store, version: VersionEntry, folder: Path, progress: Progress | None = None) -> Checkout:
     """Write a version to ``folder`` for use outside Meristem; an adapter gets its base in ``folder/base``.
 
-    An adapter without a tokenizer of its own gets its base's beside it, as ``save_pretrained`` leaves it.
+    An adapter without a tokenizer of its own gets its base's beside it, as ``save_pretrained`` leaves it. Experts are
+    written as Meristem loads them, and each once more as a PEFT adapter in a folder of its own.
 
     ``folder/meristem.json`` says which version it is. Raises ``BadInput`` when ``folder`` is not empty.
     """
@@ -63,6 +68,9 @@ def export(store: Store, version: VersionEntry, folder: Path, progress: Progress
         if content.base:
             folders.checkout(store, _content(store, content.base), temporary / "base", progress=progress)
         folders.checkout(store, content, temporary, base_folder=base, progress=progress)
+        experts: list[str] = []
+        if content.kind == "experts" and base is not None:
+            experts = folders.checkout_experts(store, content, temporary, base)
         if content.base:
             _add_tokenizer(temporary / "base", temporary)
         about = {
@@ -77,7 +85,7 @@ def export(store: Store, version: VersionEntry, folder: Path, progress: Progress
         raise disk_failure(error, folder) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Checkout(folder, base)
+    return Checkout(folder, base, tuple(experts))
 
 
 def _add_tokenizer(base: Path, folder: Path) -> None:

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from meristem import experts_format
 from meristem.ecosystem.records import Content
 from meristem.errors import BadInput, Tampered
 from meristem.store.canonical import PREFIX, digest_bytes, tensor_hash
@@ -20,8 +21,14 @@ from meristem.store.threads import spread
 
 ADAPTER_CONFIG = "adapter_config.json"
 CONFIG = "config.json"
+EXPERTS_CONFIG = experts_format.CONFIG
 INDEX = "model.safetensors.index.json"
-WEIGHTS = {"full": "model.safetensors", "adapter": "adapter_model.safetensors"}
+WEIGHTS = {
+    "full": "model.safetensors",
+    "adapter": "adapter_model.safetensors",
+    "experts": experts_format.WEIGHTS,
+}
+CONFIGS = {"full": CONFIG, "adapter": ADAPTER_CONFIG, "experts": EXPERTS_CONFIG}
 _KEPT_SUFFIXES = {".json", ".jinja", ".txt", ".model"}
 _SKIPPED = {INDEX, "trainer_state.json", "meristem.json"}
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -31,9 +38,9 @@ Progress = Callable[[int, int], None]
 
 @contextmanager
 def ingest(folder: Path, base: str | None = None) -> Iterator[tuple[Content, list[Blob]]]:
-    """Read a model or adapter folder as ``(content, blobs)``; blobs are valid inside the ``with``.
+    """Read a folder of a model, an adapter or experts as ``(content, blobs)``; blobs are valid inside the ``with``.
 
-    ``base`` is the content digest that an adapter sits on. Raises ``BadInput`` for a folder without
+    ``base`` is the content digest that an adapter or experts sit on. Raises ``BadInput`` for a folder without
     safetensors weights or without a configuration, and for pickled weights, which are never opened.
     """
     folder = Path(folder)
@@ -48,24 +55,35 @@ def ingest(folder: Path, base: str | None = None) -> Iterator[tuple[Content, lis
 def _read_folder(folder: Path, base: str | None, stack: ExitStack) -> tuple[Content, list[Blob]]:
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; give a local Hugging Face folder or `embedded`")
-    kind: Literal["full", "adapter"] = "adapter" if (folder / ADAPTER_CONFIG).exists() else "full"
+    kind = _kind(folder)
     if kind == "full" and not (folder / CONFIG).exists():
         raise BadInput(f"{folder}: no {CONFIG} or {ADAPTER_CONFIG}; give a Hugging Face model or PEFT folder")
-    if kind == "adapter" and base is None:
-        raise BadInput(f"{folder}: this is an adapter; name the model that it sits on with --base")
+    if kind != "full" and base is None:
+        what = "this is an adapter" if kind == "adapter" else "these are experts"
+        raise BadInput(f"{folder}: {what}; name the model below with --base")
     tensors: dict[str, Blob] = {}
     for path, wanted in _weight_files(folder, kind).items():
         tensors |= _tensors(path, wanted, stack)
     if not tensors:
         raise BadInput(f"{folder}: the weights hold no tensor; save the model again")
     files = {path.name: Blob.file(_file_bytes(path)) for path in _config_files(folder)}
+    if kind == "experts":
+        if ADAPTER_CONFIG in files:
+            raise BadInput(f"{folder}: both {EXPERTS_CONFIG} and {ADAPTER_CONFIG}; give a folder of one kind")
+        experts_format.parse(folder / EXPERTS_CONFIG, bytes(files[EXPERTS_CONFIG].data), tensors)
     content = Content(
         kind=kind,
-        base=base if kind == "adapter" else None,
+        base=base if kind != "full" else None,
         tensors={name: blob.digest for name, blob in sorted(tensors.items())},
         files={name: blob.digest for name, blob in sorted(files.items())},
     )
     return content, [*tensors.values(), *files.values()]
+
+
+def _kind(folder: Path) -> Literal["full", "adapter", "experts"]:
+    if (folder / EXPERTS_CONFIG).exists():
+        return "experts"
+    return "adapter" if (folder / ADAPTER_CONFIG).exists() else "full"
 
 
 def _weight_files(folder: Path, kind: str) -> dict[Path, set[str] | None]:
@@ -201,6 +219,29 @@ def checkout(
         raise disk_failure(error, folder) from error
 
 
+def checkout_experts(store: Store, content: Content, folder: Path, base_folder: Path) -> list[str]:
+    """Write each expert of ``content`` as a PEFT folder of its own below ``folder``; returns their names."""
+    document = experts_format.parse(
+        EXPERTS_CONFIG, store.read_blob(content.files[EXPERTS_CONFIG]), content.tensors
+    )
+    names = experts_format.folder_names(
+        document, {"base", "meristem.json", *content.files, *WEIGHTS.values()}
+    )
+    for at, name in enumerate(names):
+        (folder / name).mkdir()
+        config = json.dumps(experts_format.adapter_config(document.experts[at]))
+        (folder / name / ADAPTER_CONFIG).write_bytes(_with_base(config.encode(), base_folder))
+        own = experts_format.adapter_tensors(document, at)
+        alone = Content(
+            kind="adapter",
+            base=content.base,
+            tensors={peft: content.tensors[ours] for peft, ours in own.items()},
+            files={},
+        )
+        _write_weights(store, alone, folder / name / WEIGHTS["adapter"], None)
+    return names
+
+
 def _with_base(body: bytes, base_folder: Path) -> bytes:
     config = json.loads(body)
     config["base_model_name_or_path"] = str(base_folder)
@@ -244,7 +285,7 @@ def matches(content: Content, folder: Path, base_folder: Path | None = None) -> 
             {path.name for path in folder.iterdir()} == {weights, *content.files}
             and set(entries) == set(content.tensors)
             and all(digest_bytes(_file_bytes(folder / name)) == d for name, d in content.files.items())
-            and (base_folder is None or _base_of(folder) == str(base_folder))
+            and (content.kind != "adapter" or base_folder is None or _base_of(folder) == str(base_folder))
             and _tensors_match(content, folder / weights, entries)
         )
     except (OSError, ValueError, BadInput):

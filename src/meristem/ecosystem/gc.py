@@ -34,7 +34,7 @@ from meristem.store.evidence import Event
 from meristem.store.schema import assets, blobs, events, versions
 from meristem.store.store import Store, Transaction
 
-WEIGHTS = ("adapter", "full")
+WEIGHTS = ("adapter", "experts", "full")
 _DAY = 86400.0
 _AT_ONCE = 200  # retired in one transaction: other writers wait for each
 Progress = Callable[[str, int, int], None]

@@ -200,7 +200,7 @@ def _full_content(store: Store, entry: VersionEntry) -> str:
     """The digest of the full weights under a version (its own, or those its adapter sits on)."""
     with store.database.read() as connection:
         content = versions.content_of(connection, entry.content)
-    return content.base if content.kind == "adapter" and content.base else entry.content
+    return content.base or entry.content
 
 
 def _register(

@@ -67,12 +67,12 @@ class Model(Record):
 
 
 class Content(Record):
-    """What a version *is*: its digest keys evaluations. An adapter names the content it sits on."""
+    """What a version *is*: its digest keys evaluations. An adapter and experts name the content they sit on."""
 
     SCHEMA = "meristem/content/v1"
     DOCUMENTS = ("base",)
     BLOBS = ("tensors", "files")
-    kind: Literal["full", "adapter"]
+    kind: Literal["full", "adapter", "experts"]
     base: str | None
     tensors: dict[str, str]  # name -> tensor digest
     files: dict[str, str]  # name -> file digest

@@ -20,6 +20,7 @@ from meristem.engine import attention
 from meristem.engine.batching import Journal, Progress, plan, run_batches
 from meristem.engine.load import Engine
 from meristem.errors import BadInput
+from meristem.methods.architecture.experts import routed
 
 
 class Generated(NamedTuple):
@@ -135,9 +136,11 @@ def _generate_batch(
 ) -> list[list[list[Any]]]:
     """Per prompt and sample: [text, tokens, finished]."""
     ids, mask = left_pad(prompts, engine.pad_id, engine.settings.device)
-    inputs = _expanded(engine, ids, mask, way.samples)
+    with routed(engine.model, lambda: prompts):
+        inputs = _expanded(engine, ids, mask, way.samples)
     stops = _Stops(engine.tokenizer, way.stop, ids.shape[1])
-    with torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
+    repeated = routed(engine.model, lambda: [prompt for prompt in prompts for _ in range(way.samples)])
+    with repeated, torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
         torch.manual_seed(_batch_seed(way.seed, number))
         output = engine.model.generate(
             **inputs,

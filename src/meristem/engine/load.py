@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from meristem import experts_format
 from meristem.config import known_device
 from meristem.engine.identity import EngineSettings, engine_digest
 from meristem.errors import BadInput
+from meristem.methods.base import MethodState
 from meristem.store.canonical import digest_document
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -58,7 +62,7 @@ def load(
     device: str = "cpu",
     batch_tokens: int = EngineSettings.batch_tokens,
 ) -> Engine:
-    """Load a Hugging Face folder, or a PEFT adapter folder over ``base_folder``.
+    """Load a Hugging Face folder, or over ``base_folder`` a PEFT adapter folder or one of experts.
 
     Weights come from safetensors only and nothing is fetched from a hub. An adapter stays unmerged:
     merging rounds the weights, and what is scored must be what is served. It is loaded as plain PEFT
@@ -67,10 +71,12 @@ def load(
     """
     folder = Path(folder)
     _check_settings(dtype, device, batch_tokens)
-    if (folder / "adapter_config.json").is_file():
+    experts = (folder / experts_format.CONFIG).is_file()
+    if experts or (folder / "adapter_config.json").is_file():
         if base_folder is None:
             raise BadInput.at(folder, None, "an adapter folder needs base_folder, the folder of its base")
-        model = _load_adapter(folder, Path(base_folder), DTYPES[dtype])
+        load_on = _load_experts if experts else _load_adapter
+        model = load_on(folder, Path(base_folder), DTYPES[dtype])
     else:
         if base_folder is not None:
             raise BadInput.at(folder, None, "base_folder given, but this is no adapter folder; leave it out")
@@ -151,6 +157,34 @@ def _load_adapter(folder: Path, base_folder: Path, dtype: torch.dtype) -> Any:
         raise BadInput.at(folder, None, message) from error
 
 
+def _load_experts(folder: Path, base_folder: Path, dtype: torch.dtype) -> Any:
+    """The base with experts on it that every forward is routed to (``methods.architecture.experts``)."""
+    from meristem.methods.architecture.experts import Experts
+    from meristem.methods.architecture.task_experts import experts_in
+
+    model = _load_plain(base_folder, dtype)
+    document, state = _read_experts(folder)
+    Experts(model, document.router, experts_in(state))
+    return model
+
+
+def expert_state(folder: Path) -> MethodState:
+    """What a version of experts says and holds, as the state of the method that made it."""
+    return _read_experts(folder)[1]
+
+
+def _read_experts(folder: Path) -> tuple[experts_format.Document, MethodState]:
+    path = folder / experts_format.WEIGHTS
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BadInput.at(path, None, f"cannot be read: {_first_line(error)}") from error
+    place = folder / experts_format.CONFIG
+    document = experts_format.parse(place, place.read_bytes(), tensors)
+    experts = [expert.model_dump() for expert in document.experts]
+    return document, {"tensors": tensors, "json": {"experts": experts}}
+
+
 def _load_tokenizer(folder: Path, base_folder: str | Path | None) -> Any:
     """The folder's own tokenizer and chat template; those of the base when an adapter brings none."""
     if base_folder is not None and not (folder / "tokenizer_config.json").is_file():
@@ -174,12 +208,19 @@ def _first_line(error: BaseException) -> str:
 
 
 def load_for_training(
-    folder: Path, base_folder: Path | None, dtype: str, device: str = "cpu"
+    folder: Path, base_folder: Path | None, dtype: str, device: str = "cpu", base_only: bool = False
 ) -> tuple[Any, Any]:
-    """``(model, tokenizer)`` of a folder in train mode; an adapter comes trainable, with fp32 weights."""
+    """``(model, tokenizer)`` of a folder in train mode; an adapter comes trainable, with fp32 weights.
+
+    With ``base_only`` the base's model alone, which is where a new adapter goes beside or instead of the old.
+    """
     _check_settings(dtype, device, EngineSettings.batch_tokens)
-    if base_folder is None:
-        return _load_plain(folder, DTYPES[dtype]).to(device), _load_tokenizer(folder, None)
+    if base_folder is None or base_only:
+        return _load_plain(base_folder or folder, DTYPES[dtype]).to(device), _load_tokenizer(
+            folder, base_folder
+        )
+    if (folder / experts_format.CONFIG).is_file():
+        raise BadInput.at(folder, None, "a set of experts is not trained on; a method adds one beside them")
     from peft import PeftModel
 
     base = _load_plain(base_folder, DTYPES[dtype])

@@ -21,9 +21,11 @@ class Row:
     """``tokens[n]`` is node n, its parent ``parents[n]`` is a smaller index, or -1 for the end of the context.
 
     ``reads`` holds (pair number, node before each token of the option), one for each option scored on this row.
+    ``route``: the tokens that decide which experts the row goes through, empty for a model without.
     """
 
     context: tuple[int, ...]
+    route: tuple[int, ...]
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     reads: list[tuple[int, list[int]]] = field(default_factory=list)
@@ -50,11 +52,11 @@ class Row:
         self.reads.append((number, path))
 
 
-Pair = tuple[tuple[int, ...], Sequence[int]]  # (context, option)
+Pair = tuple[tuple[int, ...], Sequence[int], tuple[int, ...]]  # (context, option, route)
 
 
 def tree_rows(pairs: Sequence[Pair]) -> list[Row]:
-    """One row per distinct context; a new one where a tail would pass ``TAIL`` and the context's own length."""
+    """One row per distinct context and route; a new one where a tail would pass ``TAIL`` and the context's own length."""
 
     def room(row: Row, option: Sequence[int]) -> bool:
         return not row.tokens or len(row.tokens) + len(option) - 1 <= max(TAIL, len(row.context))
@@ -63,7 +65,7 @@ def tree_rows(pairs: Sequence[Pair]) -> list[Row]:
 
 
 def chain_rows(pairs: Sequence[Pair]) -> list[Row]:
-    """One row per distinct context + option without its last token: plain sequences, for any causal model."""
+    """One row per distinct route and context + option without its last token: plain sequences, for any causal model."""
     return _rows(pairs, lambda context, option: (context, tuple(option[:-1])), lambda row, option: True)
 
 
@@ -73,12 +75,12 @@ def _rows(
     room: Callable[[Row, Sequence[int]], bool],
 ) -> list[Row]:
     rows: list[Row] = []
-    open_rows: dict[tuple[tuple[int, ...], tuple[int, ...]], Row] = {}
-    for number, (context, option) in enumerate(pairs):
-        group = key(context, option)
+    open_rows: dict[tuple[tuple[int, ...], ...], Row] = {}
+    for number, (context, option, route) in enumerate(pairs):
+        group = (*key(context, option), route)
         row = open_rows.get(group)
         if row is None or not room(row, option):
-            row = open_rows[group] = Row(context)
+            row = open_rows[group] = Row(context, route)
             rows.append(row)
         row.add(number, option)
     return rows

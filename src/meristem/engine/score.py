@@ -23,6 +23,7 @@ from meristem.engine.batching import Journal, Plan, Progress, plan, run_batches
 from meristem.engine.load import Engine
 from meristem.engine.rows import TAIL, Pair, Row, chain_rows, tree_layout, tree_rows
 from meristem.errors import BadInput
+from meristem.methods.architecture.experts import of, routed
 
 LOGIT_ELEMENTS = 1 << 26  # logits of one batch, in the model's dtype: 128 MiB in bf16
 FLOAT_ELEMENTS = 1 << 23  # logits in fp32 at once: 32 MiB
@@ -43,6 +44,7 @@ def score_options(
     contexts: Sequence[Sequence[int]],
     options: Sequence[Sequence[Sequence[int]]],
     *,
+    routes: Sequence[Sequence[int]] | None = None,
     names: Sequence[str] | None = None,
     journal: Journal | None = None,
     progress: Progress | None = None,
@@ -50,13 +52,19 @@ def score_options(
     """The score of each option of each item, in the order given.
 
     ``contexts``: N lists of token ids; ``options``: N lists of K_i lists of token ids; ``names``: what to call the
-    items in an error. Equal contexts are encoded once, whichever items they belong to. The batches follow from the
+    items in an error; ``routes``: N lists of the tokens that decide the experts of a version that has some (default:
+    the contexts, so that no option has a say in it). Equal contexts are encoded once, whichever items they belong to. The batches follow from the
     tokens and the settings alone. ``BadInput`` names the item that is empty, too long for the model, or whose
     log-probabilities are not finite.
     """
     names = names or [f"item {at}" for at in range(len(contexts))]
     _check(engine, contexts, options, names)
-    pairs = [(tuple(c), option) for c, choices in zip(contexts, options, strict=True) for option in choices]
+    routed_by = (routes or contexts) if of(engine.model) else [()] * len(contexts)
+    pairs = [
+        (tuple(context), option, tuple(route))
+        for context, choices, route in zip(contexts, options, routed_by, strict=True)
+        for option in choices
+    ]
     owners = [name for name, choices in zip(names, options, strict=True) for _ in choices]
     rows, tree = _rows(engine, pairs)
     batches = _plan(engine, rows, tree)
@@ -101,7 +109,7 @@ def _rows(engine: Engine, pairs: Sequence[Pair]) -> tuple[list[Row], bool]:
 
     Long texts without a branch (perplexity) save the mask of W x W.
     """
-    longest = max((len(context) + len(option) for context, option in pairs), default=0)
+    longest = max((len(context) + len(option) for context, option, _ in pairs), default=0)
     rows = tree_rows(pairs)
     gains = any(row.branches for row in rows) or max((len(row.tokens) for row in rows), default=0) <= TAIL
     if gains and longest <= attention.tree_span(engine.model):
@@ -124,7 +132,8 @@ def _score_rows(
     engine: Engine, rows: list[Row], pairs: Sequence[Pair], owners: Sequence[str], tree: bool
 ) -> list[list[Value]]:
     """The scores of the options on each row, in the order of its ``reads``."""
-    logits, starts = _tree_logits(engine, rows) if tree else _chain_logits(engine, rows)
+    with routed(engine.model, lambda: [row.route for row in rows]):
+        logits, starts = _tree_logits(engine, rows) if tree else _chain_logits(engine, rows)
     reads = [
         (starts[at] + node, token)
         for at, row in enumerate(rows)

@@ -9,7 +9,9 @@ from meristem.methods.base import Context, Method, MethodState, Step
 from meristem.methods.registry import available, build, parse
 
 if TYPE_CHECKING:
+    from meristem.methods.architecture.mocl import MoCL
     from meristem.methods.architecture.o_lora import OLoRA
+    from meristem.methods.architecture.param_isolation import ParamIsolation
     from meristem.methods.baselines.joint import Joint
     from meristem.methods.baselines.per_task import PerTask
     from meristem.methods.baselines.seq_finetune import SeqFinetune
@@ -30,8 +32,10 @@ __all__ = [
     "Joint",
     "Method",
     "MethodState",
+    "MoCL",
     "OLoRA",
     "OldTeacherDistill",
+    "ParamIsolation",
     "PerTask",
     "SeqFinetune",
     "Step",
@@ -47,8 +51,10 @@ _HOME = {
     "Joint": "meristem.methods.baselines.joint",
     "LAE": "meristem.methods.optimization.lae",
     "MER": "meristem.methods.replay.mer",
+    "MoCL": "meristem.methods.architecture.mocl",
     "OLoRA": "meristem.methods.architecture.o_lora",
     "OldTeacherDistill": "meristem.methods.regularization.old_teacher_distill",
+    "ParamIsolation": "meristem.methods.architecture.param_isolation",
     "PerTask": "meristem.methods.baselines.per_task",
     "SeqFinetune": "meristem.methods.baselines.seq_finetune",
 }

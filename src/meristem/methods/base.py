@@ -9,8 +9,9 @@ import copy
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypedDict
 
 from meristem.errors import BadInput
@@ -22,7 +23,17 @@ Row = dict[str, Any]
 Batch = dict[str, Any]
 Params = Mapping[str, "nn.Parameter"]
 
-HOOKS = ("prepare_data", "prepare_model", "loss", "penalty", "gradients", "weights", "around", "finish")
+HOOKS = (
+    "prepare_data",
+    "prepare_model",
+    "batch",
+    "loss",
+    "penalty",
+    "gradients",
+    "weights",
+    "around",
+    "finish",
+)
 
 
 class MethodState(TypedDict):
@@ -52,7 +63,9 @@ class Method:
     replaces_architecture: ClassVar[bool] = False
     """Whether ``prepare_model`` rebuilds the network; two such methods clash."""
     fresh_adapter: ClassVar[bool] = False
-    """Whether each task starts from a fresh adapter instead of the version's."""
+    """Whether an update trains a fresh LoRA on the base instead of going on with the version's adapter."""
+    content: ClassVar[Literal["adapter", "experts"]] = "adapter"
+    """The kind of version that it makes; other than ``adapter``, ``save`` writes it, and only it continues one."""
 
     # What helps to choose; tests hold each of them against what the method does.
     alone: ClassVar[bool] = False
@@ -100,6 +113,10 @@ class Method:
     def prepare_model(self, model: Any, ctx: Context) -> None:
         """PEFT is applied, model and tokenizer are ready, the optimizer does not exist yet."""
 
+    def batch(self, inputs: Batch) -> AbstractContextManager[Any]:
+        """Entered around each forward on a labelled batch: the trainer's, evaluation's and that of ``ctx.loss``."""
+        return nullcontext()
+
     def loss(self, step: Step) -> Tensor | None:
         """An extra loss term for this micro-batch, as a mean; the seam scales it for accumulation."""
         return None
@@ -131,6 +148,10 @@ class Method:
 
     def load_state_dict(self, state: MethodState) -> None:
         """Restores what ``state_dict`` gave."""
+
+    def save(self, folder: Path) -> None:
+        """After ``finish``: writes the version into ``folder``, if its ``content`` is more than one adapter."""
+        raise NotImplementedError(f"{self.label} makes a version of kind {self.content}, which it must write")
 
 
 @dataclass

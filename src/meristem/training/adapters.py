@@ -15,11 +15,14 @@ from meristem.engine.load import load_for_training
 from meristem.errors import BadInput
 
 
-def trainable_model(recipe: Recipe, folder: Path, base_folder: Path | None) -> tuple[Any, Any]:
+def trainable_model(
+    recipe: Recipe, folder: Path, base_folder: Path | None, fresh: bool = False
+) -> tuple[Any, Any]:
     """``(model, tokenizer)`` of the version in ``folder``: its adapter if it has one, else a fresh LoRA.
 
-    With ``recipe.weights`` ``full``, all weights, as fp32 whatever ``recipe.dtype`` computes in: a bf16 weight keeps
-    8 bits, so that most steps at a usual learning rate would round to nothing. ``save_full`` rounds once, at the end.
+    With ``fresh`` a fresh LoRA on its base in any case. With ``recipe.weights`` ``full``, all weights, as fp32
+    whatever ``recipe.dtype`` computes in: a bf16 weight keeps 8 bits, so that most steps at a usual learning rate
+    would round to nothing. ``save_full`` rounds once, at the end.
     """
     set_seed(recipe.seed)  # a fresh LoRA is drawn at random
     if recipe.weights == "full":
@@ -29,7 +32,7 @@ def trainable_model(recipe: Recipe, folder: Path, base_folder: Path | None) -> t
         # That of the folder stays with the version; transformers would not save many of them into a checkpoint.
         model.generation_config = GenerationConfig()
         return model, tokenizer
-    model, tokenizer = load_for_training(folder, base_folder, recipe.dtype, recipe.device)
+    model, tokenizer = load_for_training(folder, base_folder, recipe.dtype, recipe.device, fresh)
     if not isinstance(model, PeftModel):
         model = get_peft_model(model, lora_config(recipe.lora or Lora(), model))
     return model, tokenizer

@@ -41,6 +41,7 @@ from meristem.training import (
     _upstream,
 )
 from meristem.training._checkpoint import newest_complete_checkpoint
+from meristem.training._seen import seen
 
 __all__ = ["ContinualTrainer", "continual", "newest_complete_checkpoint"]
 
@@ -175,7 +176,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
                 f"{type(self).__name__} gives no labels: a method asks for the likelihood of its batch"
             )
         inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
-        with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+        with seen(self.methods, batch), self.compute_loss_context_manager():  # type: ignore[attr-defined]
             logits = (model if model is not None else self.model)(**inputs, use_cache=False).logits
         labels = batch["labels"][:, 1:].reshape(-1)
         flat = logits[:, :-1].reshape(-1, logits.shape[-1])
@@ -293,13 +294,15 @@ class ContinualTrainer(_upstream.PrivateHooks):
             self._tags = _tags.pop(inputs)
         self._hidden = None
         given = dict(inputs) if isinstance(inputs, Mapping) else inputs
-        with _lean.labelled_positions(self.args.device) if self.lean else nullcontext():
+        lean = _lean.labelled_positions(self.args.device) if self.lean else nullcontext()
+        with seen(self.methods, given), lean:
             result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         adding = [m for m in self.methods if m.overrides("loss")]
         if not adding or not model.training or not torch.is_grad_enabled():
             return result
         counted = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
-        extra = self._extra_loss(adding, model, given)
+        with seen(self.methods, given):
+            extra = self._extra_loss(adding, model, given)
         if _upstream.loss_is_scaled(self, counted):
             extra = extra / _upstream.accumulation_steps(self)
         return (result[0] + extra, *result[1:]) if isinstance(result, tuple) else result + extra

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy import Connection
 
+from meristem import experts_format
 from meristem.config import Lora, Recipe, resolve_recipe
 from meristem.ecosystem import versions
-from meristem.ecosystem.folders import ADAPTER_CONFIG, CONFIG
+from meristem.ecosystem.folders import ADAPTER_CONFIG, CONFIG, EXPERTS_CONFIG
 from meristem.ecosystem.records import Asset, Content
 from meristem.ecosystem.versions import VersionEntry
 from meristem.errors import BadInput, Clash
+from meristem.methods.base import Method
 from meristem.methods.registry import load
 from meristem.store.store import Store
 
@@ -102,9 +105,12 @@ def _with_lora(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe:
     """``recipe`` with the LoRA that training from ``parent`` really has; none where all weights are trained.
 
     An update continues its parent's adapter, whose shape is fixed: what the recipe leaves out is taken from it,
-    and a field that says otherwise is refused (``BadInput``). On full weights the defaults fill the gaps.
+    and a field that says otherwise is refused (``BadInput``). A method that trains a fresh adapter takes what is
+    left out from it as well. On full weights the defaults fill the gaps. Raises ``BadInput`` for a method that cannot
+    go on with what ``parent`` is.
     """
     asked = recipe.lora or Lora()
+    methods = {method.name: load(method.name) for method in recipe.methods}
     with store.database.read() as connection:
         content = versions.content_of(connection, parent.content)
         if recipe.weights == "full":
@@ -114,8 +120,12 @@ def _with_lora(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe:
             return recipe.model_copy(update={"lora": asked})
         base = versions.content_of(connection, content.base)
         line = _recipe_of(store, connection, parent)
+    _refuse_other_kind(store, content, parent, methods)
     layers = _layer_count(store, base)
-    lineage = (line and line.lora) or _imported(_json(store, content, ADAPTER_CONFIG), layers)
+    lineage = (line and line.lora) or _imported(*_shape(store, content), layers)
+    if any(method.fresh_adapter for method in methods.values()):
+        own = {field: getattr(asked, field) for field in asked.model_fields_set}
+        return recipe.model_copy(update={"lora": lineage.model_copy(update=own)})
     for field in sorted(asked.model_fields_set):
         wanted, has = _comparable(asked, field, layers), _comparable(lineage, field, layers)
         if wanted != has:
@@ -128,9 +138,12 @@ def _with_lora(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe:
 
 def _refuse_other_than_full(store: Store, recipe: Recipe, content: Content, parent: VersionEntry) -> None:
     for method in recipe.methods:
-        if load(method.name).replaces_architecture:  # and the version keeps its parent's configuration
+        kind = load(method.name)
+        if (
+            kind.replaces_architecture or kind.fresh_adapter
+        ):  # and the version keeps its parent's configuration
             raise Clash(
-                f"method {method.name} adds to a model or rebuilds it, and weights: full trains it as it is: leave one "
+                f"method {method.name} needs an adapter or rebuilds the model, and weights: full trains it as it is: leave one "
                 "of them out"
             )
     if content.kind != "full":
@@ -145,6 +158,42 @@ def _refuse_other_than_full(store: Store, recipe: Recipe, content: Content, pare
         )
 
 
+def _refuse_other_kind(
+    store: Store, content: Content, parent: VersionEntry, methods: dict[str, type[Method]]
+) -> None:
+    """Experts are gone on with by the method that made them, and by no other; nor does it by anything else."""
+    if content.kind == "experts":
+        maker = _experts(store, content).method
+        if maker not in methods:
+            told = f"method {', '.join(methods)}" if methods else "no method"
+            raise BadInput(
+                f"{parent.label} is a set of experts made by {maker}, and {told} would train past them: "
+                f"update it with --method {maker}, or start from a version without experts"
+            )
+        return
+    for name, method in methods.items():
+        if method.content == "experts":
+            raise BadInput(
+                f"method {name} keeps an expert per task, and {parent.label} is one adapter, which would be "
+                "dropped: start from a version without adapter"
+            )
+
+
+def _experts(store: Store, content: Content) -> experts_format.Document:
+    return experts_format.parse(EXPERTS_CONFIG, store.read_blob(content.files[EXPERTS_CONFIG]))
+
+
+def _shape(store: Store, content: Content) -> tuple[str, dict[str, Any]]:
+    """The adapter that is continued, or the newest expert, as PEFT describes it; and where that stands."""
+    if content.kind != "experts":
+        return ADAPTER_CONFIG, _json(store, content, ADAPTER_CONFIG)
+    newest = experts_format.adapter_config(_experts(store, content).experts[-1])
+    names = newest["target_modules"]
+    which = sorted({int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))})
+    short = sorted({name.rpartition(".")[2] for name in names})
+    return EXPERTS_CONFIG, {**newest, "target_modules": short, "layers_to_transform": which or None}
+
+
 def _comparable(lora: Lora, field: str, layers: int) -> Any:
     value = getattr(lora, field)
     if field == "layers":
@@ -152,7 +201,7 @@ def _comparable(lora: Lora, field: str, layers: int) -> Any:
     return sorted(value) if isinstance(value, list) else value
 
 
-def _imported(config: dict[str, Any], layers: int) -> Lora:
+def _imported(where: str, config: dict[str, Any], layers: int) -> Lora:
     """The shape of an adapter that was trained elsewhere, from its PEFT configuration."""
     which, targets = config.get("layers_to_transform"), config.get("target_modules")
     count = layers if which is None else len(which) if isinstance(which, list) else 1
@@ -165,7 +214,7 @@ def _imported(config: dict[str, Any], layers: int) -> Lora:
             layers=count / layers,
         )
     except (KeyError, ValueError) as error:
-        raise BadInput(f"{ADAPTER_CONFIG}: not a LoRA that can be continued ({error})") from error
+        raise BadInput(f"{where}: not a LoRA that can be continued ({error})") from error
 
 
 def _layer_count(store: Store, content: Content) -> int:

@@ -21,7 +21,10 @@ def save(trainer: Any, recipe: Recipe, parent: Checkout, folder: Path) -> Path:
         save_full(trainer.model, parent.folder, folder / "full")
         return folder / "full"
     adapter = folder / "adapter"
-    trainer.model.save_pretrained(str(adapter), selected_adapters=["default"])  # not stage ca's reference
+    if writer := next((method for method in trainer.methods if method.content != "adapter"), None):
+        writer.save(adapter)
+    else:
+        trainer.model.save_pretrained(str(adapter), selected_adapters=["default"])  # not stage ca's reference
     if parent.base_folder is not None:
         for path in parent.folder.iterdir():  # the parent's own tokenizer and chat template, if it has them
             if path.suffix != ".safetensors" and not (adapter / path.name).exists():

@@ -10,9 +10,11 @@ from typing import Any, NotRequired, TypedDict
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 
+from meristem import experts_format
 from meristem.config import Recipe
+from meristem.engine.load import expert_state
 from meristem.errors import BadInput
-from meristem.methods.base import MethodState
+from meristem.methods.base import Method, MethodState
 from meristem.methods.registry import build
 from meristem.training import schedules
 from meristem.training.adapters import trainable_model
@@ -46,7 +48,8 @@ def stage_trainer(
     if recipe.max_steps:
         schedules.parts(recipe, recipe.max_steps)  # refuses before a model is loaded
     methods = [build(m.name, m.arguments) for m in recipe.methods]
-    model, tokenizer = trainable_model(recipe, job["folder"], job["base_folder"])
+    fresh = any(method.fresh_adapter for method in methods)
+    model, tokenizer = trainable_model(recipe, job["folder"], job["base_folder"], fresh)
     trainer = continual(
         schedules.scheduled(trainer_cls, recipe), methods=methods, stage=stage, lean=recipe.lean
     )(
@@ -57,7 +60,7 @@ def stage_trainer(
         callbacks=job["callbacks"],
         task=task_name(job["rows"]),
         history=_of_this_stage(job["history"], shape),
-        method_state=dict(job["method_state"] or {}),
+        method_state={**(job["method_state"] or {}), **_experts(methods, job["folder"])},
         progress=job.get("progress"),
     )
     trainer.remove_callback(PrinterCallback)  # our own progress replaces a line of JSON per step
@@ -77,6 +80,14 @@ def _of_this_stage(
         if rows:
             found[task] = rows
     return found
+
+
+def _experts(methods: Sequence[Method], folder: Path) -> dict[str, MethodState]:
+    """The state of the method that goes on with a version of experts, out of the version itself."""
+    if not (folder / experts_format.CONFIG).is_file():
+        return {}
+    state = expert_state(folder)
+    return {method.label: state for method in methods if method.content == "experts"}
 
 
 def common_arguments(recipe: Recipe, output: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from meristem.config import Recipe
-from meristem.ecosystem import models
+from meristem.ecosystem import folders, models
 from meristem.ecosystem.bundles import form
 from meristem.ecosystem.bundles.form import Bundle, is_digest, lines_of
 from meristem.ecosystem.bundles.place import Place
@@ -27,7 +27,6 @@ from meristem.errors import BadInput, Tampered
 from meristem.store.canonical import canonical
 
 _CARRIED = (Model, Version, Content, Asset, Evaluation)
-_CONFIGS = {"full": "config.json", "adapter": "adapter_config.json"}
 _KEPT = (".json", ".jinja", ".txt", ".model")  # what ``folders.ingest`` keeps; a pickle is none of them
 
 
@@ -89,8 +88,8 @@ def _check_content(content: Content) -> None:
     """A stranger's content may hold no file that loads code, or that makes a loader look elsewhere."""
     if (content.base is None) != (content.kind == "full"):
         raise BadInput(f"a content of kind {content.kind} with the base {content.base}")
-    configs = [kind for kind, name in _CONFIGS.items() if name in content.files and kind != content.kind]
-    if _CONFIGS[content.kind] not in content.files or configs == ["adapter"]:
+    found = {kind for kind, name in folders.CONFIGS.items() if name in content.files}
+    if content.kind not in found or found - {content.kind, "full"}:
         raise BadInput(f"its files are not those of a content of kind {content.kind}")
     if odd := [name for name in content.files if not name.endswith(_KEPT)]:
         raise BadInput(f"{odd[0]!r} is not a file of a version")
@@ -187,6 +186,6 @@ def _check_kinds(digest: str, records: Mapping[str, Record | None], wrong: Calla
         base = records[record.base] if record.base else None
         must(record.base, Content)
         if isinstance(base, Content) and base.kind != "full":
-            wrong(f"adapter {digest} sits on something else than full weights")
+            wrong(f"{record.kind} {digest} sits on something else than full weights")
     elif isinstance(record, Evaluation):
         must(record.content, Content)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from meristem.errors import BadInput, Clash
-from meristem.methods._weights import refuse_sharded
+from meristem.errors import BadInput
+from meristem.methods.architecture._lora import draw_of, fresh_rows, plain_lora
 from meristem.methods.base import Context, Method, MethodState, Params, trainable
 
 
@@ -55,7 +54,7 @@ class OLoRA(Method):
         self.old: dict[str, Tensor] = {}  # the frozen part of each parameter
 
     def prepare_model(self, model: Any, ctx: Context) -> None:
-        adapter, layers = _lora(model)
+        adapter, layers = plain_lora(self.name, model)
         found = int(layers[0].r[adapter])
         if not self.ranks and any(bool(layer.lora_B[adapter].weight.any()) for layer in layers):
             self.ranks = [found]
@@ -76,7 +75,7 @@ class OLoRA(Method):
             )
         self.old = {n: _old(n, p.detach(), found).clone() for n, p in trainable(model).items()}
         config.r, config.lora_alpha = found + self.new, int(alpha)
-        draw = torch.Generator().manual_seed(random.Random(f"{ctx.seed}/{ctx.task}").getrandbits(62))
+        draw = draw_of(ctx)
         for layer in layers:
             layer.r[adapter], layer.lora_alpha[adapter] = config.r, config.lora_alpha
             _grow(layer.lora_A[adapter], layer.lora_B[adapter], self.new, draw)
@@ -117,41 +116,7 @@ def _overlap(rows: Tensor, frozen: int) -> Tensor:
 
 
 def _grow(down: nn.Linear, up: nn.Linear, rank: int, draw: torch.Generator) -> None:
-    fresh = torch.empty(rank, down.in_features)
-    nn.init.kaiming_uniform_(fresh, a=5**0.5, generator=draw)
+    fresh = fresh_rows(rank, down.in_features, draw)
     down.weight = nn.Parameter(torch.cat([down.weight.detach(), fresh.to(down.weight)]))
     up.weight = nn.Parameter(torch.cat([up.weight.detach(), up.weight.new_zeros(up.out_features, rank)], 1))
     down.out_features = up.in_features = len(down.weight)
-
-
-def _lora(model: Any) -> tuple[str, list[Any]]:
-    """The adapter in training and its layers; ``Clash`` for anything that is not plain LoRA on linear layers."""
-    found = [
-        (layer, adapter)
-        for layer in model.modules()
-        for adapter, down in getattr(layer, "lora_A", {}).items()
-        if down.weight.requires_grad
-    ]
-    adapters = {adapter for _, adapter in found}
-    if len(adapters) != 1:
-        raise Clash(
-            f"o-lora grows one LoRA, and {len(adapters) or 'none'} is in training: pass a PEFT LoRA model"
-        )
-    (adapter,) = adapters
-    layers = [layer for layer, _ in found]
-    config = model.peft_config[adapter]
-    linear = [part[adapter] for layer in layers for part in (layer.lora_A, layer.lora_B)]
-    ours = {id(part.weight) for part in linear}
-    other = next((name for name, p in trainable(model).items() if id(p) not in ours), None)
-    problems = {
-        "a LoRA on other than linear layers": not all(isinstance(part, nn.Linear) for part in linear),
-        f"trainable weights that are no part of a LoRA ({other})": other is not None,
-        "layers of different rank": len({layer.r[adapter] for layer in layers}) > 1 or config.alpha_pattern,
-        "use_rslora, whose scale changes with the rank": config.use_rslora,
-        "a variant of LoRA": any(getattr(layer, "lora_variant", {}).get(adapter) for layer in layers),
-    }
-    for problem, present in problems.items():
-        if present:
-            raise Clash(f"o-lora works on plain LoRA only, this model has {problem}")
-    refuse_sharded("o-lora", trainable(model))
-    return adapter, layers

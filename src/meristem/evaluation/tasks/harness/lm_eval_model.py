@@ -95,6 +95,7 @@ class EngineLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         self._documents, contexts, options, owners = [], [], [], []
+        routes: list[Tokens] = []
         for at, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
             for context, predicted in rolling_windows(
@@ -103,9 +104,10 @@ class EngineLM(TemplateLM):
                 self._documents.append(request.doc_id)
                 contexts.append(context)
                 options.append(predicted)
+                routes.append(tokens)
                 owners.append(at)
         totals = [0.0] * len(requests)
-        for at, (logprob, _) in zip(owners, self._scored("rolling", contexts, options), strict=True):
+        for at, (logprob, _) in zip(owners, self._scored("rolling", contexts, options, routes), strict=True):
             totals[at] += logprob
         return totals
 
@@ -145,12 +147,17 @@ class EngineLM(TemplateLM):
         return [sample.text for [sample] in made]
 
     def _scored(
-        self, part: str, contexts: Sequence[Tokens], options: Sequence[Tokens]
+        self,
+        part: str,
+        contexts: Sequence[Tokens],
+        options: Sequence[Tokens],
+        routes: Sequence[Tokens] | None = None,
     ) -> list[tuple[float, bool]]:
         found = score_options(
             self.engine,
             contexts,
             [[option] for option in options],
+            routes=routes,
             names=[f"item {document}" for document in self._documents],
             journal=self.run.journal(part),
             progress=self._progress(),

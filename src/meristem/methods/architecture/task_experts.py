@@ -1,0 +1,191 @@
+"""What methods share that keep one frozen LoRA per task (``param-isolation``, ``mocl``)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from meristem.errors import BadInput
+from meristem.experts_format import (
+    CONFIG,
+    WEIGHTS,
+    Document,
+    ExpertEntry,
+    RouterEntry,
+    factor_name,
+    vector_name,
+)
+from meristem.methods.architecture._lora import draw_of, fresh_rows, plain_lora
+from meristem.methods.architecture.experts import Expert, Experts, Newest, detach, features, prompt_mask
+from meristem.methods.base import Batch, Context, Method, MethodState
+
+
+class TaskExperts(Method):
+    """Each update trains a fresh LoRA, its task's expert; those of earlier tasks are frozen, and stay to the bit.
+
+    A subclass says how rows are weighed (:meth:`router`) and may learn the vector. ``samples``: rows of the task
+    that its vector is taken from. The version is of kind ``experts``, and the model routes by itself after training.
+    """
+
+    claims = ("less-forgetting",)
+    stages = frozenset({"cpt", "cit"})
+    columns = frozenset({"task"})  # rows are routed one by one: packing, which drops this, is refused
+    replaces_architecture = True
+    fresh_adapter = True
+    task_id = "training"  # one name per update
+    grows = "one LoRA and one vector"
+    sharded = False
+    needs = frozenset({"likelihood"})
+    content = "experts"
+    newest_alone = False
+    learned = False
+
+    def __init__(self, samples: int) -> None:
+        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
+            raise BadInput(f"{self.name}: samples={samples!r} must be a whole number of rows, 1 or more")
+        self.samples = samples
+        self.old: list[Expert] = []
+        self.new: Expert | None = None  # once it is learned
+        self.vector: Tensor | None = None  # of the expert in training
+        self.experts: Experts | None = None
+        self._training: tuple[Any, ExpertEntry, Newest] | None = None
+
+    @abstractmethod
+    def router(self) -> RouterEntry: ...
+
+    # ---- hooks ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prepare_model(self, model: Any, ctx: Context) -> None:
+        if ctx.task in (tasks := [expert.about.task for expert in self.old]):
+            raise BadInput(
+                f"{self.name}: there is an expert of task {ctx.task!r} already (of {', '.join(tasks)}), and it stays "
+                "as it is: give the new rows another task name"
+            )
+        detach(model)  # what the update before this one left on a model that is trained on
+        adapter, layers = plain_lora(self.name, model)
+        named = {n: m for n, m in model.get_base_model().named_modules() if any(m is each for each in layers)}
+        self._start(adapter, named, draw_of(ctx))
+        self.vector = self._vector_of(ctx)
+        if self.learned:
+            self.vector = nn.Parameter(self.vector)
+        about = ExpertEntry(
+            task=ctx.task,
+            rank=int(layers[0].r[adapter]),
+            alpha=layers[0].lora_alpha[adapter],
+            targets=list(named),
+        )
+        self._training = model, about, Newest(adapter, list(named.values()), self.vector)
+        self._attach()
+
+    def batch(self, inputs: Batch) -> AbstractContextManager[Any]:
+        return self.experts.batch(inputs) if self.experts is not None else nullcontext()
+
+    @torch.no_grad()
+    def finish(self, ctx: Context) -> None:
+        assert self._training is not None and self.vector is not None
+        _, about, newest = self._training
+        factors = {
+            name: (_kept(layer.lora_A[newest.adapter].weight), _kept(layer.lora_B[newest.adapter].weight))
+            for name, layer in zip(about.targets, newest.layers, strict=True)
+        }
+        self.new = Expert(about, factors, _kept(self.vector))
+
+    # ---- state ---------------------------------------------------------------------------------------------
+
+    @property
+    def learned_experts(self) -> list[Expert]:
+        return [*self.old, *([self.new] if self.new is not None else [])]
+
+    def state_dict(self) -> MethodState:
+        state = state_of(self.learned_experts)
+        if self.new is None and self.vector is not None:
+            state["tensors"]["vector"] = _kept(self.vector)
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: MethodState) -> None:
+        found, self.new = {expert.about.task: expert for expert in experts_in(state)}, None
+        if self._training is None:
+            self.old = list(found.values())
+            return
+        # Of a checkpoint, into the model that is there already. It holds the expert in training too where it was
+        # written by a trainer that was trained on after it had finished.
+        assert self.vector is not None
+        unfinished = found.pop(self._training[1].task, None)
+        self.vector.copy_(unfinished.vector if unfinished else state["tensors"]["vector"])
+        self.old = list(found.values())
+        self._attach()
+
+    def save(self, folder: Path) -> None:
+        found = self.learned_experts
+        folder.mkdir(parents=True, exist_ok=True)
+        document = Document(method=self.name, router=self.router(), experts=[e.about for e in found])
+        (folder / CONFIG).write_bytes(document.body())
+        save_file(state_of(found)["tensors"], folder / WEIGHTS)
+
+    # ---- parts ---------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        assert self._training is not None
+        model, _, newest = self._training
+        self.experts = Experts(model, self.router(), self.old, newest, self.newest_alone)
+
+    def _start(self, adapter: str, layers: dict[str, Any], draw: torch.Generator) -> None:
+        """After the first task a LoRA drawn anew, the same whether the model comes fresh or from the last update."""
+        for name, layer in layers.items():
+            down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            last = self.old[-1].factors.get(name) if self.old else None
+            if up.any() and (last is None or not torch.equal(up.cpu(), last[1])):
+                raise BadInput(
+                    f"{self.name}: the adapter changes the model already, and no expert is that adapter: start from a "
+                    "version without one, or give method_state of the update that made it"
+                )
+            if self.old:
+                down.copy_(fresh_rows(len(down), down.shape[1], draw))
+                up.zero_()
+
+    def _vector_of(self, ctx: Context) -> Tensor:
+        """(width): the direction of the mean of the rows' unit features, whose mean cosine to them is the largest."""
+        units: list[Tensor] = []
+        for batch in ctx.batches(batch_size=8, limit=self.samples):
+            mask = prompt_mask(batch)
+            assert mask is not None
+            rows: Sequence[Tensor] = [ids[keep] for ids, keep in zip(batch["input_ids"], mask, strict=True)]
+            units += normalize(features(ctx.model.get_base_model(), rows), dim=-1)
+        if not units:
+            raise BadInput(f"{self.name}: no row has completion tokens to learn from; raise max_length")
+        return normalize(torch.stack(units).mean(0), dim=0)
+
+
+def _kept(value: Tensor) -> Tensor:
+    return value.detach().cpu().clone()
+
+
+def state_of(experts: Sequence[Expert]) -> MethodState:
+    tensors: dict[str, Tensor] = {}
+    for at, expert in enumerate(experts):
+        for name, pair in expert.factors.items():
+            tensors |= {factor_name(at, name, f): value.clone() for f, value in zip("AB", pair, strict=True)}
+        tensors[vector_name(at)] = expert.vector.clone()
+    return {"tensors": tensors, "json": {"experts": [expert.about.model_dump() for expert in experts]}}
+
+
+def experts_in(state: MethodState) -> list[Expert]:
+    """The experts that ``state_of`` gave."""
+    tensors, found = state["tensors"], []
+    for at, fields in enumerate(state["json"]["experts"]):
+        about = ExpertEntry.model_validate(fields)
+        factors = {
+            n: (tensors[factor_name(at, n, "A")], tensors[factor_name(at, n, "B")]) for n in about.targets
+        }
+        found.append(Expert(about, factors, tensors[vector_name(at)]))
+    return found

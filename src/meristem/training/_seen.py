@@ -1,0 +1,18 @@
+"""What methods are told of a batch before the model runs on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from meristem.methods.base import Method
+
+
+def seen(methods: Sequence[Method], batch: Any) -> ExitStack:
+    """Inside, each method that asks for it (``Method.batch``) knows the labelled batch that the model runs on."""
+    stack = ExitStack()
+    for method in methods if isinstance(batch, Mapping) else ():
+        if method.overrides("batch"):
+            stack.enter_context(method.batch(dict(batch)))
+    return stack
