@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def settings_of(found: Sequence[Result]) -> list[MethodSettings]:
-    """One for each method that has runs of its own. Raises ``BadInput`` for runs that must not choose."""
+    """One for each method of which several specs were tried. Raises ``BadInput`` for runs that must not choose."""
     if tested := [result["name"] for result in found if result["settings"].get("split") != "development"]:
         raise BadInput(f"{tested[0]}: measured on test items; settings are chosen with `bench run --dev`")
     groups = {_conditions(result) for result in found}
@@ -58,7 +58,8 @@ def settings_of(found: Sequence[Result]) -> list[MethodSettings]:
         used = runs[0]["settings"]["recipe"]["methods"]
         if spec not in BASELINES and len(used) == 1:
             methods.setdefault(used[0]["name"], []).append(spec)
-    return [_settings(name, own, specs) for name, own in sorted(methods.items())]
+    # One trial chooses nothing.
+    return [_settings(name, own, specs) for name, own in sorted(methods.items()) if len(own) > 1]
 
 
 def _settings(name: str, specs: Sequence[str], runs: dict[str, list[Result]]) -> MethodSettings:

@@ -102,10 +102,12 @@ def test_the_highest_acc_is_chosen_and_a_tie_by_bwt():
         ("ewc:strength=10", 0.7, -0.2),
         ("ewc:strength=100", 0.7, -0.1),
         ("lae", 0.5, 0.0),
+        ("lae:decay=0.9", 0.4, 0.0),
+        ("gpm", 0.9, 0.0),
         ("lae+ewc", 0.9, 0.0),
         seeds=(0, 1),
     )
-    ewc, lae = method_settings.settings_of(found)
+    ewc, lae = method_settings.settings_of(found)  # one trial of gpm chooses nothing
     assert ewc.arguments == {"strength": 100, "samples": 64, "gamma": 1.0} and ewc.found.seeds == [0, 1]
     assert [(t.method, t.acc) for t in ewc.found.tried] == [
         ("ewc:strength=1", 0.6),

@@ -1,5 +1,6 @@
 """Checkpoints: method state, the COMPLETE mark, and a resume that changes no bit."""
 
+import copy
 import itertools
 import json
 import os
@@ -57,6 +58,31 @@ def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(tmp_path):
     assert {row["task"] for row in b["experience-replay"]["json"]["buffer"]["rows"]} == {"A", "B"}
 
 
+def test_saved_method_state_goes_on_as_the_one_in_memory(tmp_path):
+    def update(folder, task, **given):
+        trainer = sft(tmp_path / folder, [EWC(samples=4)], rows(6, task), max_steps=2, task=task, **given)
+        trainer.train()
+        return trainer
+
+    first = update("first", "A", save_strategy="steps", save_steps=2)
+    first.save_method_state(tmp_path / "state")
+    ends = [
+        update(str(at), "B", method_state=state, model=copy.deepcopy(first.model))
+        for at, state in enumerate((first.method_state(), tmp_path / "state", str(tmp_path / "state")))
+    ]
+    for other in ends[1:]:
+        torch.testing.assert_close(weights(other.model), weights(ends[0].model), rtol=0, atol=0)
+        a, b = (one.method_state()["ewc"] for one in (other, ends[0]))
+        torch.testing.assert_close(a["tensors"], b["tensors"], rtol=0, atol=0)
+        assert a["json"] == b["json"]
+    for folder, told in (
+        ("first/checkpoint-2", "a checkpoint on the way"),
+        ("nowhere", "cut off while being"),
+    ):
+        with pytest.raises(BadInput, match=told):
+            update("refused", "B", method_state=tmp_path / folder)
+
+
 def test_only_complete_folders_are_resumed_from(tmp_path):
     trainer = make(tmp_path)
     with pytest.raises(BadInput, match="no complete checkpoint"):
@@ -91,13 +117,13 @@ def test_killed_at_any_write_a_checkpoint_is_whole_or_not_there(tmp_path, monkey
     newest, first = [], tmp_path / "checkpoint-2"
     write = _checkpoint.write
 
-    def dies_at_each_point(folder, states, step):
+    def dies_at_each_point(folder, states, step, *finished):
         while step == 4:
             assert not (folder / "meristem").exists() or newest  # Hugging Face's files are there before ours
             child = os.fork()
             if child == 0:
                 _die_after(len(newest))
-                write(folder, states, step)
+                write(folder, states, step, *finished)
                 os._exit(0)
             _, status = os.waitpid(child, 0)
             if os.WIFEXITED(status):

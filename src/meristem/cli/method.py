@@ -62,6 +62,10 @@ def _settings(known: MethodSettings | None) -> str:
     tried = [f"  {trial.method}: ACC {trial.acc:.3f}, BWT {trial.bwt:+.3f}" for trial in found.tried]
     if found.sequential:
         tried.append(f"  plain fine-tuning: ACC {found.sequential.acc:.3f}, BWT {found.sequential.bwt:+.3f}")
+        if found.best.acc <= found.sequential.acc:
+            tried.append(
+                "  the best is no better than plain fine-tuning on that stream, which forgets little"
+            )
     seeds = "one seed" if len(found.seeds) == 1 else f"{len(found.seeds)} seeds"
     head = (
         f"best-known settings (--method {known.method}:best): {best}\n"

@@ -31,8 +31,11 @@ from meristem.methods.base import MethodState
 FOLDER, MARK, SCHEMA = "meristem", "COMPLETE", "meristem/checkpoint/v1"
 
 
-def write(checkpoint: Path, states: Mapping[str, MethodState], step: int) -> None:
-    """Adds the states to ``checkpoint`` and marks it complete; durable when it returns."""
+def write(checkpoint: Path, states: Mapping[str, MethodState], step: int, finished: bool = False) -> None:
+    """Adds the states to ``checkpoint`` and marks it complete; durable when it returns.
+
+    ``finished``: they are those of a whole update, which the next one goes on from.
+    """
     folder = checkpoint / FOLDER
     (folder / MARK).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)  # what a process left that was killed here
@@ -46,6 +49,7 @@ def write(checkpoint: Path, states: Mapping[str, MethodState], step: int) -> Non
         "schema": SCHEMA,
         "step": step,
         "methods": sorted(states),
+        "finished": finished,
         "files": files,
         "digest": _digest(files),
     }
@@ -57,7 +61,7 @@ def read(checkpoint: Path) -> dict[str, MethodState]:
     """The method states of a complete checkpoint; ``BadInput`` for any other folder."""
     problem = why_incomplete(checkpoint)
     if problem:
-        raise BadInput(f"{checkpoint}: {problem}; resume from the newest complete checkpoint")
+        raise BadInput(f"{checkpoint}: {problem}; give a complete one")
     folder = checkpoint / FOLDER
     mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
     return {
@@ -67,6 +71,17 @@ def read(checkpoint: Path) -> dict[str, MethodState]:
         }
         for name in mark["methods"]
     }
+
+
+def read_finished(folder: Path) -> dict[str, MethodState]:
+    """What ``write`` left of a whole update; ``BadInput`` for a checkpoint on the way, whose methods were not done."""
+    states = read(folder)
+    if not json.loads((folder / FOLDER / MARK).read_text(encoding="utf-8")).get("finished"):
+        raise BadInput(
+            f"{folder}: a checkpoint on the way, whose methods had not finished: give the folder that "
+            "save_method_state wrote after train()"
+        )
+    return states
 
 
 def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:

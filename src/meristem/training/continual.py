@@ -52,8 +52,8 @@ def continual(
     """A subclass of ``trainer_cls`` that trains with ``methods``.
 
     Its constructor takes all that ``trainer_cls`` takes, and by keyword ``task`` (name of the present task),
-    ``method_state`` (what ``method_state()`` of the previous update gave), ``history`` (earlier task -> raw
-    rows), ``reference_model`` and ``progress`` (``(label, total) -> advance``). ``stage`` says which stage a
+    ``method_state`` (what ``method_state()`` of the previous update gave, or the folder that
+    ``save_method_state`` wrote), ``history`` (earlier task -> raw rows), ``reference_model`` and ``progress`` (``(label, total) -> advance``). ``stage`` says which stage a
     trainer serves that Meristem does not know; without it the stages of such a trainer are not checked.
     Methods that cannot work together or with this trainer are refused by name (``Clash``). ``lean`` leaves out
     work that cannot change the trainer's losses (``_lean``), where it can; False keeps to the trainer's own path.
@@ -80,7 +80,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
         self,
         *args: Any,
         task: str | None = None,
-        method_state: Mapping[str, MethodState] | None = None,
+        method_state: Mapping[str, MethodState] | str | Path | None = None,
         history: Mapping[str, Sequence[Row]] | None = None,
         reference_model: Any = None,
         progress: Callable[[str, int], Callable[[int], None]] | None = None,
@@ -90,6 +90,8 @@ class ContinualTrainer(_upstream.PrivateHooks):
         options = given.get("args")
         _refusals.packing(self.methods, options)
         _refusals.model_init(self.methods, given)
+        if isinstance(method_state, str | Path):
+            method_state = _checkpoint.read_finished(Path(method_state))
         for method in self.methods:
             if method_state and method.label in method_state:
                 method.load_state_dict(method_state[method.label])
@@ -380,10 +382,20 @@ class ContinualTrainer(_upstream.PrivateHooks):
         """
         return {method.label: _sharding.whole_state(method.state_dict()) for method in self.methods}
 
+    def save_method_state(self, folder: str | Path) -> None:
+        """Writes ``method_state()`` after ``train()`` to ``folder``, as safetensors and JSON, for the next update.
+
+        Every rank must call it; rank 0 writes.
+        """
+        self._write_state(Path(folder), finished=True)
+
     def checkpoint_written(self, folder: Path) -> None:
+        self._write_state(folder, finished=False)
+
+    def _write_state(self, folder: Path, finished: bool) -> None:
         gathers = _sharding.sharded(self.parameters().values())
         states = self.method_state() if gathers or self.args.should_save else {}
         self.accelerator.wait_for_everyone()  # the other ranks write their own files into the folder
         if self.args.should_save:
-            _checkpoint.write(folder, states, self.state.global_step)
+            _checkpoint.write(folder, states, self.state.global_step, finished)
         self.accelerator.wait_for_everyone()
