@@ -175,7 +175,7 @@ def _prepared_training(folder: Path) -> AbstractContextManager[Any]:
     from meristem.training import updates
 
     trained = updates.Trained(
-        adapter=folder / "files/adapter",
+        weights=folder / "files/adapter",
         states={"ewc": {"tensors": {}, "json": {"tasks": ["a"]}}},
         steps=1,
         tokens=8,

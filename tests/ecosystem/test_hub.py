@@ -107,7 +107,7 @@ def test_an_adapter_needs_its_base_and_sits_on_it(store, hub, add, tmp_path):
     with store.database.read() as connection:
         content = versions.content_of(connection, entry.content)
     assert (content.kind, content.base) == ("adapter", base.content)
-    with pytest.raises(BadInput, match="this is an adapter; name the model that it sits on with --base"):
+    with pytest.raises(BadInput, match="this is an adapter; name the model below with --base"):
         models.add(store, "kim", "alone", "foundation", "hf:org/law", None)
 
 
