@@ -374,7 +374,8 @@ def _first(error: ValidationError, prefix: str = "") -> str:
     if detail["type"] == "missing":
         return f"{where}: missing; add it"
     told = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"].lower()
-    return f"{where}: {told} (found {_shown(detail['input'])})"
+    where = f"{where}: " if where else ""
+    return f"{where}{told} (found {_shown(detail['input'])})"
 
 
 def _shown(value: Any) -> str:

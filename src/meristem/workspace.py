@@ -199,10 +199,12 @@ class Workspace(Assessment):
         with self.store.database.read() as connection:
             entry = ledger.find(connection, name)
             record = entry.as_(Update)
+            parent = versions.by_digest(connection, record.parent)
             if entry.result is None:
-                return UpdateResult(entry, record, None, None)
+                return UpdateResult(entry, record, parent, None, None)
             outcome = UpdateOutcome.from_document(read_document(connection, entry.result))
-            return UpdateResult(entry, record, versions.by_digest(connection, outcome.version), outcome)
+            made = versions.by_digest(connection, outcome.version)
+            return UpdateResult(entry, record, parent, made, outcome)
 
     # Release
 

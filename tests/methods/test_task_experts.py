@@ -7,10 +7,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tests.methods.adapters import assert_forgets_less, assert_resumes
-from tests.tiny import new_model
+from tests.tiny import new_model, tiny_model
 from tests.training.stream import plain, rows, sft, tokens
 from torch.func import functional_call
+from transformers import AutoModelForCausalLM
 
+from meristem.engine.load import load
 from meristem.errors import BadInput, Clash
 from meristem.experts_format import ExpertEntry, RouterEntry
 from meristem.methods import Context, build
@@ -306,6 +308,24 @@ def test_it_forgets_less_than_one_lora_trained_on(make, tmp_path):
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_model_is_all_experts_and_loads_as_trained(tmp_path):
+    base, state, trainer = tiny_model(tmp_path / "base"), None, None
+    for task in "AB":
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**LORA))
+        options = {"model": model, "task": task, "method_state": state, "max_steps": 4, "learning_rate": 0.1}
+        trainer = sft(tmp_path / task, [MoCL()], rows(4, task), **options)
+        trainer.train()
+        state = trainer.method_state()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert not (
+        tmp_path / "saved/adapter_config.json"
+    ).exists()  # plain PEFT would load the newest expert only
+    found = load(tmp_path / "saved", base_folder=base, dtype="float32").model
+    for task in "AB":
+        ids = torch.tensor([tokens(rows(1, task))[0]["input_ids"]])
+        torch.testing.assert_close(found(ids).logits, trainer.model.eval()(ids).logits)
 
 
 def test_what_cannot_work_is_refused_by_name(tmp_path):

@@ -318,6 +318,13 @@ def test_methods_that_cannot_work_together_are_refused_by_name(tmp_path):
         continual(Trainer, [RewardsOnly()], stage="cit")
     with pytest.raises(Clash, match="needs-tasks needs the task of each row"):
         sft(tmp_path, [NeedsTasks()], rows(4), packing=True)
+    with pytest.raises(BadInput, match=r"EWC is a class: give EWC\(\)"):
+        continual(Trainer, [EWC])
+    with pytest.raises(BadInput, match=r"give a list, e.g. \[EWC\(\)\]"):
+        continual(Trainer, EWC())
+    for given, words in (({"method_state": [1]}, "what method_state"), ({"history": rows(2)}, "give a dict")):
+        with pytest.raises(BadInput, match=words):
+            sft(tmp_path, [EWC()], rows(4), **given)
     with pytest.raises(BadInput, match="is not a Method"):
         continual(Trainer, ["ewc"])
 

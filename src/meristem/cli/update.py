@@ -108,9 +108,7 @@ def list_(as_json: JSON = False) -> None:
 
 def _show(result: UpdateResult, as_json: bool) -> None:
     document = _document(result)
-    text = (
-        f"{result.id}: {document['version']} after {document['steps']} steps in {document['seconds']:.0f} s"
-    )
+    text = f"{result.id}: {document['version']} from {document['parent']} after {document['steps']} steps in {document['seconds']:.0f} s"
     show(as_json, document, text)
 
 
@@ -120,6 +118,7 @@ def _document(result: UpdateResult) -> dict[str, Any]:
         "id": result.id,
         "model": result.record.model,
         "status": result.entry.status,
+        "parent": result.parent.label,
         "version": result.made.label if result.made else None,
         "digest": result.made.digest if result.made else None,
         "steps": outcome.steps if outcome else None,

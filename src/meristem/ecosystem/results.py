@@ -16,6 +16,7 @@ class UpdateResult:
 
     entry: Entry
     record: Update
+    parent: VersionEntry
     made: VersionEntry | None
     outcome: UpdateOutcome | None
 

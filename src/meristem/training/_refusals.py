@@ -16,8 +16,12 @@ Given = TypeVar("Given", Context, Step)
 
 def clashes(trainer_cls: type, methods: Sequence[Method], stage: str | None) -> None:
     """Methods that cannot work together, or not with this class of trainer."""
+    if not isinstance(methods, list | tuple):
+        raise BadInput(f"methods={methods!r}: give a list, e.g. [EWC()]")
     seen: set[str] = set()
     for method in methods:
+        if isinstance(method, type) and issubclass(method, Method):
+            raise BadInput(f"{method.__name__} is a class: give {method.__name__}(), with its arguments")
         if not isinstance(method, Method):
             raise BadInput(f"{method!r} is not a Method: build one by name with meristem.methods.build")
         if method.label in seen:
@@ -49,6 +53,14 @@ def clashes(trainer_cls: type, methods: Sequence[Method], stage: str | None) -> 
                 f"method {method.label} needs the likelihood of rows, and {trainer_cls.__name__} has no batches "
                 "of tokens and labels: use SFTTrainer"
             )
+
+
+def shapes(method_state: Any, history: Any) -> None:
+    """What a user hands over besides the trainer's own arguments."""
+    if not isinstance(method_state, Mapping | None):
+        raise BadInput("method_state: give what method_state() gave, or the folder of save_method_state")
+    if not isinstance(history, Mapping | None):
+        raise BadInput("history: give a dict from the name of each earlier task to its rows")
 
 
 def packing(methods: Sequence[Method], options: Any) -> None:

@@ -58,8 +58,8 @@ def continual(
     Methods that cannot work together or with this trainer are refused by name (``Clash``). ``lean`` leaves out
     work that cannot change the trainer's losses (``_lean``), where it can; False keeps to the trainer's own path.
     """
+    _refusals.clashes(trainer_cls, methods, stage)
     attached = list(methods)
-    _refusals.clashes(trainer_cls, attached, stage)
     told = {"__module__": trainer_cls.__module__, "__doc__": trainer_cls.__doc__}
     namespace = {"methods": attached, "lean": lean, **told}
     return type(f"Continual{trainer_cls.__name__}", (ContinualTrainer, trainer_cls), namespace)
@@ -92,6 +92,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
         _refusals.model_init(self.methods, given)
         if isinstance(method_state, str | Path):
             method_state = _checkpoint.read_finished(Path(method_state))
+        _refusals.shapes(method_state, history)
         for method in self.methods:
             if method_state and method.label in method_state:
                 method.load_state_dict(method_state[method.label])
@@ -180,6 +181,8 @@ class ContinualTrainer(_upstream.PrivateHooks):
         inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
         with seen(self.methods, batch), self.compute_loss_context_manager():  # type: ignore[attr-defined]
             logits = (model if model is not None else self.model)(**inputs, use_cache=False).logits
+        if logits.shape[1] != batch["labels"].shape[1]:
+            raise Clash("the model puts positions of its own before the rows (prompt tuning): use LoRA")
         labels = batch["labels"][:, 1:].reshape(-1)
         flat = logits[:, :-1].reshape(-1, logits.shape[-1])
         kept = labels != -100
@@ -381,6 +384,17 @@ class ContinualTrainer(_upstream.PrivateHooks):
         With sharded weights (FSDP2) every rank must call it: full tensors are gathered.
         """
         return {method.label: _sharding.whole_state(method.state_dict()) for method in self.methods}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the trainer's; a method that makes more than an adapter (experts) writes what it makes instead.
+
+        ``meristem.engine.load.load`` reads such a folder.
+        """
+        writer = next((method for method in self.methods if method.content != "adapter"), None)
+        if writer is None or _internal_call:  # a checkpoint holds what is in training, and the method's state
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        elif self.args.should_save:
+            writer.save(Path(output_dir or self.args.output_dir))
 
     def save_method_state(self, folder: str | Path) -> None:
         """Writes ``method_state()`` after ``train()`` to ``folder``, as safetensors and JSON, for the next update.

@@ -149,7 +149,12 @@ def _refuse_other_than_full(store: Store, recipe: Recipe, content: Content, pare
     if content.kind != "full":
         raise BadInput(
             f"recipe.weights: full trains a version that is full weights, and {parent.label} is of kind {content.kind}: "
-            "leave weights out to continue it, or merge it into its base and `meristem model commit` the result first"
+            "leave weights out to continue it"
+            + (
+                ", or `meristem model commit` its merge with the base first"
+                if content.kind == "adapter"
+                else ""
+            )
         )
     if "quantization_config" in _json(store, content, CONFIG):
         raise BadInput(

@@ -65,10 +65,11 @@ class TaskExperts(Method):
 
     @torch.no_grad()
     def prepare_model(self, model: Any, ctx: Context) -> None:
-        if ctx.task in (tasks := [expert.about.task for expert in self.old]):
+        known = {task for expert in self.old for task in expert.about.task.split("+")}
+        if again := sorted(known & set(ctx.task.split("+"))):
             raise BadInput(
-                f"{self.name}: there is an expert of task {ctx.task!r} already (of {', '.join(tasks)}), and it stays "
-                "as it is: give the new rows another task name"
+                f"{self.name}: there is an expert of task {again[0]!r} already (of {', '.join(sorted(known))}), and it "
+                "stays as it is: give the new rows another task name (task= of the trainer)"
             )
         detach(model)  # what the update before this one left on a model that is trained on
         adapter, layers = plain_lora(self.name, model)
