@@ -318,6 +318,8 @@ def test_methods_that_cannot_work_together_are_refused_by_name(tmp_path):
         continual(Trainer, [RewardsOnly()], stage="cit")
     with pytest.raises(Clash, match="needs-tasks needs the task of each row"):
         sft(tmp_path, [NeedsTasks()], rows(4), packing=True)
+    with pytest.raises(Clash, match="which padding_free drops: padding_free=False"):
+        sft(tmp_path, [NeedsTasks()], rows(4), padding_free=True)
     with pytest.raises(BadInput, match="is not a Method"):
         continual(Trainer, ["ewc"])
 

@@ -52,11 +52,13 @@ def clashes(trainer_cls: type, methods: Sequence[Method], stage: str | None) -> 
 
 
 def packing(methods: Sequence[Method], options: Any) -> None:
-    for method in methods:
-        if method.columns and getattr(options, "packing", False):
+    """``padding_free`` joins the rows of a batch into one, as packing does."""
+    joins = next((name for name in ("packing", "padding_free") if getattr(options, name, False)), None)
+    for method in methods if joins else ():
+        if method.columns:
             needs = " and ".join(sorted(method.columns))
             raise Clash(
-                f"method {method.label} needs the {needs} of each row, which packing drops: packing=False"
+                f"method {method.label} needs the {needs} of each row, which {joins} drops: {joins}=False"
             )
 
 
