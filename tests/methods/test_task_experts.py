@@ -332,6 +332,15 @@ def test_what_cannot_work_is_refused_by_name(tmp_path):
             r"are \(3, 16\) and \(16, 3\), not \(2, 16\) and \(16, 2\)",
         ),
         ({DOWN: (torch.ones(2, 16), torch.ones(16, 2))}, r"not \(2, 32\) and \(16, 2\)"),
+        (
+            {"": (torch.ones(2, 16), torch.ones(16, 2))},
+            r"the whole model, .* no linear layer \(LlamaForCausalLM\)",
+        ),
+        ({"model.embed_tokens": (torch.ones(2, 16), torch.ones(16, 2))}, r"no linear layer \(Embedding\)"),
+        (
+            {"model.layers.0": (torch.ones(2, 16), torch.ones(16, 2))},
+            r"no linear layer \(LlamaDecoderLayer\)",
+        ),
     ):
         bad = replace(expert("A", 1, [Q]), factors=odd)
         with pytest.raises(BadInput, match=f"the expert of task 'A': .*{says}"):

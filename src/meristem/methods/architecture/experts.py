@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, normalize, one_hot
+from transformers.pytorch_utils import Conv1D
 
 from meristem.errors import BadInput, Clash
 from meristem.experts_format import ExpertEntry, RouterEntry
@@ -289,15 +290,23 @@ def _refuse_misfits(model: Any, modules: Mapping[str, Any], experts: Sequence[Ex
             if layer is None:
                 odd = f"it changes layer {name}, which this model lacks"
                 continue
-            found = (tuple(down.shape), tuple(up.shape))
-            d_in, d_out = (
-                getattr(layer, "in_features", down.shape[1]),
-                getattr(layer, "out_features", len(up)),
-            )
+            if (widths := _widths(layer)) is None:
+                odd = f"it changes {name or 'the whole model'}, which is no linear layer ({type(layer).__name__})"
+                continue
+            found, (d_in, d_out) = (tuple(down.shape), tuple(up.shape)), widths
             if found != (wanted := ((about.rank, d_in), (d_out, about.rank))):
                 odd = f"A and B of {name} are {found[0]} and {found[1]}, not {wanted[0]} and {wanted[1]}"
         if odd:
             raise BadInput(f"the expert of task {about.task!r}: {odd}; use the base that it was made on")
+
+
+def _widths(layer: Any) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear layer, under PEFT or not; None of any other layer."""
+    layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    if isinstance(layer, Conv1D):  # GPT-2's, whose weight is (d_in, d_out)
+        return layer.weight.shape[0], layer.weight.shape[1]
+    known = hasattr(layer, "in_features") and hasattr(layer, "out_features")
+    return (layer.in_features, layer.out_features) if known else None
 
 
 def _causal(model: Any) -> Any:
