@@ -19,6 +19,8 @@ from meristem.methods.architecture.mocl import MoCL
 from meristem.methods.architecture.o_lora import OLoRA
 from meristem.methods.architecture.param_isolation import ParamIsolation
 from meristem.methods.architecture.task_experts import state_of
+from meristem.methods.base import Method
+from meristem.methods.regularization.old_teacher_distill import OldTeacherDistill
 from meristem.training.continual import continual
 
 Q, V, DOWN = (f"model.layers.{n}" for n in ("0.self_attn.q_proj", "1.self_attn.v_proj", "0.mlp.down_proj"))
@@ -280,18 +282,56 @@ def test_with_the_adapter_off_the_model_is_the_one_before_the_update(tmp_path):
         assert not torch.equal(trainer.model(input_ids=ids).logits, before(input_ids=ids).logits)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(tmp_path):
+class Recall(Method):
+    """Its loss runs the model on a row of its own, in training mode."""
+
+    name = "recall"
+    needs = frozenset({"likelihood"})
+    teaches = True
+
+    def prepare_model(self, model, ctx):
+        (self.batch_,) = ctx.batches(rows(1, "A"), batch_size=1)
+
+    def loss(self, step):
+        with torch.set_grad_enabled(self.teaches):
+            return step.loss_of(self.batch_)
+
+
+class Measure(Recall):
+    name, teaches = "measure", False
+
+
+@pytest.mark.parametrize("other", [None, OldTeacherDistill, Measure])
+@pytest.mark.parametrize("make", [lambda: MoCL(learned=True), ParamIsolation])
+def test_gradient_checkpointing_gives_the_same_gradients(make, other, tmp_path):
+    """Beside other methods' forwards too, which come before the backward pass that runs the layers again."""
     ends = []
     for checkpointing in (False, True):
-        state, options = {"mocl": state_of(two())}, {"gradient_checkpointing": checkpointing}
-        method = MoCL(learned=True)
-        trainer = plain(
-            tmp_path, [method], mixed(), model=adapted(), method_state=state, task="C", max_steps=2, **options
+        methods = [*([other()] if other else []), make()]  # a vector's loss is that of the trainer's rows
+        state, options = {methods[-1].name: state_of(two())}, {"gradient_checkpointing": checkpointing}
+        trainer = sft(
+            tmp_path,
+            methods,
+            rows(4, "C"),
+            model=adapted(),
+            method_state=state,
+            task="C",
+            max_steps=2,
+            **options,
         )
         trainer.train()
         ends.append({k: v for k, v in trainer.model.state_dict().items() if "lora" in k or "vector" in k})
-    assert any("vector" in name for name in ends[0])
+    assert any("vector" in name for name in ends[0]) == methods[-1].learned
     torch.testing.assert_close(ends[0], ends[1])
+
+
+def test_a_loss_on_rows_of_its_own_is_refused_under_gradient_checkpointing(tmp_path):
+    state, options = {"mocl": state_of(two())}, {"model": adapted(), "task": "C", "max_steps": 1}
+    sft(tmp_path, [Recall(), MoCL()], rows(4, "C"), method_state=state, **options).train()
+    options |= {"model": adapted(), "gradient_checkpointing": True}
+    trainer = sft(tmp_path, [Recall(), MoCL()], rows(4, "C"), method_state=state, **options)
+    with pytest.raises(Clash, match="as if it were the trainer's batch: gradient_checkpointing=False"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("make", [ParamIsolation, lambda: MoCL(learned=True)])
