@@ -36,7 +36,7 @@ def continued(store: Store, recipe: Recipe, champion: VersionEntry, data: Collec
     One that was annealed for a release is left aside when ``recipe`` goes on with the infinite schedule: training
     continues from the version it was annealed from. ``BadInput`` when that one would miss data of the annealing.
     """
-    if recipe.schedule != "infinite" or recipe.phase == "start":
+    if recipe.schedule != "infinite" or recipe.phase == "start" or _fresh(recipe):
         return champion
     with store.database.read() as connection:
         parent, annealed_on = champion, set()
@@ -67,13 +67,22 @@ def _recipe_of(store: Store, connection: Connection, version: VersionEntry) -> R
 
 
 def _with_schedule(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe:
-    """On the infinite schedule a line starts once, and goes on at the constant rate that it started with."""
+    """On the infinite schedule a line starts once, and goes on at the constant rate that it started with.
+
+    A fresh adapter always starts: none of its weights has been warmed up.
+    """
     if recipe.schedule != "infinite":
         return recipe
+    fresh = _fresh(recipe)
+    if fresh and recipe.phase in ("continue", "anneal"):
+        raise BadInput(
+            f"recipe.phase: {recipe.phase} goes on at the rate of weights that are trained already, and method {fresh} "
+            "trains a fresh adapter: leave phase out"
+        )
     with store.database.read() as connection:
         line = _recipe_of(store, connection, parent)
     held = line.constant_rate if line is not None and line.phase != "anneal" else None
-    phase = recipe.phase or ("start" if held is None else "continue")
+    phase = recipe.phase or ("start" if held is None or fresh else "continue")
     if phase == "start":
         if recipe.constant_rate is None:
             raise BadInput(
@@ -95,6 +104,11 @@ def _with_schedule(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe
     if phase == "continue":
         unused |= {"decay_share": None, "final_rate": None}
     return _checked(recipe, phase=phase, constant_rate=held, **unused)
+
+
+def _fresh(recipe: Recipe) -> str | None:
+    """The method of ``recipe`` that trains a fresh adapter, if one does."""
+    return next((method.name for method in recipe.methods if load(method.name).fresh_adapter), None)
 
 
 def _checked(recipe: Recipe, **fields: Any) -> Recipe:
