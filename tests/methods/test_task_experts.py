@@ -7,9 +7,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tests.methods.adapters import assert_forgets_less, assert_resumes
-from tests.tiny import new_model
-from tests.training.stream import plain, rows, sft, tokens
+from tests.tiny import new_model, tiny_tokenizer
+from tests.training.stream import QUIET, plain, rows, sft, tokens
 from torch.func import functional_call
+from trl import SFTConfig, SFTTrainer
 
 from meristem.errors import BadInput, Clash
 from meristem.experts_format import ExpertEntry, RouterEntry
@@ -343,6 +344,24 @@ def test_interrupted_resumed_and_carried_it_ends_in_the_same_bits(make, tmp_path
 @pytest.mark.parametrize("make", [ParamIsolation, MoCL])
 def test_it_forgets_less_than_one_lora_trained_on(make, tmp_path):
     assert_forgets_less(lambda: [make()], tmp_path, rank=4, first=True, named=True)
+
+
+@pytest.mark.parametrize("again", ["class", "method"])
+def test_used_again_for_the_next_task_it_knows_what_the_state_says(again, tmp_path):
+    """Each trainer after the first has methods of its own, and leaves those of the first as they are."""
+    args = SFTConfig(**QUIET, output_dir=str(tmp_path), max_length=64, max_steps=1)
+    method = ParamIsolation(unknown=0.2)
+    made, state, trainers = continual(SFTTrainer, [method]), None, []
+    for task in "ABC":
+        made = continual(SFTTrainer, [method]) if again == "method" else made
+        data = {"train_dataset": rows(2, task), "processing_class": tiny_tokenizer()}
+        trainer = made(adapted(new_model), args=args, task=task, method_state=state, **data)
+        trainer.train()
+        trainers.append(trainer)
+        state = trainer.method_state()
+    found = [[e.about.task for e in t.methods[0].learned_experts] for t in trainers]
+    assert found == [["A"], ["A", "B"], ["A", "B", "C"]]
+    assert trainers[0].methods == [method] and trainers[2].methods[0].unknown == 0.2
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------
