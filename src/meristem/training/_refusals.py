@@ -62,6 +62,19 @@ def packing(methods: Sequence[Method], options: Any) -> None:
             )
 
 
+def best_model(methods: Sequence[Method], options: Any) -> None:
+    """Hugging Face would put earlier weights back, and the methods would still hold what goes with the last ones."""
+    if not getattr(options, "load_best_model_at_end", False):
+        return
+    hooks = ("prepare_model", "weights", "penalty", "gradients")
+    holding = [m for m in methods if m.overrides("state_dict") and any(map(m.overrides, hooks))]
+    if holding:
+        raise Clash(
+            f"method {holding[0].label} keeps state that goes with the weights it was trained to, and earlier ones would "
+            "come back without theirs: load_best_model_at_end=False"
+        )
+
+
 def streams(methods: Sequence[Method], given: Any) -> None:
     """``given`` is no list and no ``Dataset``: methods that read its rows would see none."""
     if given is None:

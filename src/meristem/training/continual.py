@@ -92,6 +92,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
         given = _upstream.by_name(type(self), ContinualTrainer, args, kwargs)
         options = given.get("args")
         _refusals.packing(self.methods, options)
+        _refusals.best_model(self.methods, options)
         _refusals.model_init(self.methods, given)
         for method in self.methods:
             if method_state and method.label in method_state:
