@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from meristem import experts_format
-from meristem.config import Lora, Recipe, resolve_recipe
+from meristem.config import Lora, MethodConfig, Recipe, resolve_recipe
 from meristem.ecosystem import versions
 from meristem.ecosystem.folders import ADAPTER_CONFIG, CONFIG, EXPERTS_CONFIG
 from meristem.ecosystem.records import Asset, Content
@@ -195,6 +195,18 @@ def _refuse_other_kind(
 
 def _experts(store: Store, content: Content) -> experts_format.Document:
     return experts_format.parse(EXPERTS_CONFIG, store.read_blob(content.files[EXPERTS_CONFIG]))
+
+
+def maker_of(store: Store, version: VersionEntry) -> MethodConfig | None:
+    """The method that alone goes on with ``version``, with its arguments if the line knows them; None for any method."""
+    with store.database.read() as connection:
+        content = versions.content_of(connection, version.content)
+        line = _recipe_of(store, connection, version)
+    if content.kind != "experts":
+        return None
+    name = _experts(store, content).method
+    known = [method for method in (line.methods if line else []) if method.name == name]
+    return known[0] if known else MethodConfig(name=name)
 
 
 def _shape(store: Store, content: Content) -> tuple[str, dict[str, Any]]:
