@@ -7,10 +7,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tests.methods.adapters import assert_forgets_less, assert_resumes
-from tests.tiny import new_model, tiny_model
-from tests.training.stream import plain, rows, sft, tokens
+from tests.tiny import new_model, tiny_model, tiny_tokenizer
+from tests.training.stream import QUIET, plain, rows, sft, tokens
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
 
 from meristem.engine.load import load
 from meristem.errors import BadInput, Clash
@@ -21,6 +22,8 @@ from meristem.methods.architecture.mocl import MoCL
 from meristem.methods.architecture.o_lora import OLoRA
 from meristem.methods.architecture.param_isolation import ParamIsolation
 from meristem.methods.architecture.task_experts import state_of
+from meristem.methods.base import Method
+from meristem.methods.regularization.old_teacher_distill import OldTeacherDistill
 from meristem.training.continual import continual
 
 Q, V, DOWN = (f"model.layers.{n}" for n in ("0.self_attn.q_proj", "1.self_attn.v_proj", "0.mlp.down_proj"))
@@ -282,18 +285,56 @@ def test_with_the_adapter_off_the_model_is_the_one_before_the_update(tmp_path):
         assert not torch.equal(trainer.model(input_ids=ids).logits, before(input_ids=ids).logits)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(tmp_path):
+class Recall(Method):
+    """Its loss runs the model on a row of its own, in training mode."""
+
+    name = "recall"
+    needs = frozenset({"likelihood"})
+    teaches = True
+
+    def prepare_model(self, model, ctx):
+        (self.batch_,) = ctx.batches(rows(1, "A"), batch_size=1)
+
+    def loss(self, step):
+        with torch.set_grad_enabled(self.teaches):
+            return step.loss_of(self.batch_)
+
+
+class Measure(Recall):
+    name, teaches = "measure", False
+
+
+@pytest.mark.parametrize("other", [None, OldTeacherDistill, Measure])
+@pytest.mark.parametrize("make", [lambda: MoCL(learned=True), ParamIsolation])
+def test_gradient_checkpointing_gives_the_same_gradients(make, other, tmp_path):
+    """Beside other methods' forwards too, which come before the backward pass that runs the layers again."""
     ends = []
     for checkpointing in (False, True):
-        state, options = {"mocl": state_of(two())}, {"gradient_checkpointing": checkpointing}
-        method = MoCL(learned=True)
-        trainer = plain(
-            tmp_path, [method], mixed(), model=adapted(), method_state=state, task="C", max_steps=2, **options
+        methods = [*([other()] if other else []), make()]  # a vector's loss is that of the trainer's rows
+        state, options = {methods[-1].name: state_of(two())}, {"gradient_checkpointing": checkpointing}
+        trainer = sft(
+            tmp_path,
+            methods,
+            rows(4, "C"),
+            model=adapted(),
+            method_state=state,
+            task="C",
+            max_steps=2,
+            **options,
         )
         trainer.train()
         ends.append({k: v for k, v in trainer.model.state_dict().items() if "lora" in k or "vector" in k})
-    assert any("vector" in name for name in ends[0])
+    assert any("vector" in name for name in ends[0]) == methods[-1].learned
     torch.testing.assert_close(ends[0], ends[1])
+
+
+def test_a_loss_on_rows_of_its_own_is_refused_under_gradient_checkpointing(tmp_path):
+    state, options = {"mocl": state_of(two())}, {"model": adapted(), "task": "C", "max_steps": 1}
+    sft(tmp_path, [Recall(), MoCL()], rows(4, "C"), method_state=state, **options).train()
+    options |= {"model": adapted(), "gradient_checkpointing": True}
+    trainer = sft(tmp_path, [Recall(), MoCL()], rows(4, "C"), method_state=state, **options)
+    with pytest.raises(Clash, match="as if it were the trainer's batch: gradient_checkpointing=False"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("make", [ParamIsolation, lambda: MoCL(learned=True)])
@@ -305,6 +346,24 @@ def test_interrupted_resumed_and_carried_it_ends_in_the_same_bits(make, tmp_path
 @pytest.mark.parametrize("make", [ParamIsolation, MoCL])
 def test_it_forgets_less_than_one_lora_trained_on(make, tmp_path):
     assert_forgets_less(lambda: [make()], tmp_path, rank=4, first=True, named=True)
+
+
+@pytest.mark.parametrize("again", ["class", "method"])
+def test_used_again_for_the_next_task_it_knows_what_the_state_says(again, tmp_path):
+    """Each trainer after the first has methods of its own, and leaves those of the first as they are."""
+    args = SFTConfig(**QUIET, output_dir=str(tmp_path), max_length=64, max_steps=1)
+    method = ParamIsolation(unknown=0.2)
+    made, state, trainers = continual(SFTTrainer, [method]), None, []
+    for task in "ABC":
+        made = continual(SFTTrainer, [method]) if again == "method" else made
+        data = {"train_dataset": rows(2, task), "processing_class": tiny_tokenizer()}
+        trainer = made(adapted(new_model), args=args, task=task, method_state=state, **data)
+        trainer.train()
+        trainers.append(trainer)
+        state = trainer.method_state()
+    found = [[e.about.task for e in t.methods[0].learned_experts] for t in trainers]
+    assert found == [["A"], ["A", "B"], ["A", "B", "C"]]
+    assert trainers[0].methods == [method] and trainers[2].methods[0].unknown == 0.2
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------
@@ -352,6 +411,15 @@ def test_what_cannot_work_is_refused_by_name(tmp_path):
             r"are \(3, 16\) and \(16, 3\), not \(2, 16\) and \(16, 2\)",
         ),
         ({DOWN: (torch.ones(2, 16), torch.ones(16, 2))}, r"not \(2, 32\) and \(16, 2\)"),
+        (
+            {"": (torch.ones(2, 16), torch.ones(16, 2))},
+            r"the whole model, .* no linear layer \(LlamaForCausalLM\)",
+        ),
+        ({"model.embed_tokens": (torch.ones(2, 16), torch.ones(16, 2))}, r"no linear layer \(Embedding\)"),
+        (
+            {"model.layers.0": (torch.ones(2, 16), torch.ones(16, 2))},
+            r"no linear layer \(LlamaDecoderLayer\)",
+        ),
     ):
         bad = replace(expert("A", 1, [Q]), factors=odd)
         with pytest.raises(BadInput, match=f"the expert of task 'A': .*{says}"):

@@ -13,7 +13,7 @@ from tests.training.stream import plain, rows, sft, tokens, weights
 from transformers import Trainer
 
 from meristem.errors import BadInput, Clash, NonFiniteLoss
-from meristem.methods import EWC, ExperienceReplay, Method
+from meristem.methods import EWC, ExperienceReplay, Method, build
 from meristem.training import _refusals, _tags
 from meristem.training.continual import continual
 
@@ -325,6 +325,8 @@ def test_methods_that_cannot_work_together_are_refused_by_name(tmp_path):
     for given, words in (({"method_state": [1]}, "what method_state"), ({"history": rows(2)}, "give a dict")):
         with pytest.raises(BadInput, match=words):
             sft(tmp_path, [EWC()], rows(4), **given)
+    with pytest.raises(Clash, match="which padding_free drops: padding_free=False"):
+        sft(tmp_path, [NeedsTasks()], rows(4), padding_free=True)
     with pytest.raises(BadInput, match="is not a Method"):
         continual(Trainer, ["ewc"])
 
@@ -349,3 +351,12 @@ def test_replay_needs_rows_at_hand(tmp_path):
 def test_tags_survive_encoding():
     words = ["", "a", "Größe/€"]
     assert _tags.decode(_tags.encode(words)) == words
+
+
+def test_earlier_weights_are_not_put_back_under_state_that_goes_with_later_ones(tmp_path):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    best |= {"eval_steps": 1, "save_steps": 1, "max_steps": 2, "eval_dataset": rows(2)}
+    for name in ("lae", "mer", "o-lora", "ewc", "mocl"):
+        with pytest.raises(Clash, match=f"method {name} keeps state .*: load_best_model_at_end=False"):
+            sft(tmp_path, [build(name)], rows(4), **best)
+    sft(tmp_path, [ExperienceReplay()], rows(4), **best).train()  # whose rows go with any weights

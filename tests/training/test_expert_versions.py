@@ -19,12 +19,15 @@ from meristem.config import Lora, MethodConfig, Recipe
 from meristem.ecosystem import versions
 from meristem.ecosystem.bundles.documents import _check_content
 from meristem.ecosystem.folders import ingest
+from meristem.ecosystem.records import Plan
 from meristem.engine.generate import generate
 from meristem.engine.load import load
 from meristem.engine.prompts import encode_prompt
 from meristem.errors import BadInput
+from meristem.methods import build
 from meristem.methods.architecture import experts as runtime
 from meristem.training import updates
+from meristem.training.continual import continual
 from meristem.training.recipes import settled
 
 METHOD = "param-isolation"
@@ -121,6 +124,14 @@ def test_a_new_process_learns_and_answers_as_this_one(ws, tmp_path):
     assert again.reproduce("update-3").equal
     assert content(again, "support@v3").tensors.items() < content(again, "support@v4").tensors.items()
     again.close()
+
+
+def test_after_a_regression_the_line_keeps_its_method(ws):
+    """The default answer, replay and EWC, would train past the experts; what goes with them is added to them."""
+    ws.signal("regression", "support", data=["a"])
+    recipe = Recipe.from_document(ws.store.document(ws.plan("support").as_(Plan).recipe))
+    assert [method.name for method in recipe.methods][:2] == [METHOD, "experience-replay"]
+    continual(object, [build(method.name, method.arguments) for method in recipe.methods])
 
 
 def test_it_goes_to_another_workspace(ws, tmp_path):

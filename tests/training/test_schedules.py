@@ -274,6 +274,24 @@ def test_a_line_has_to_start(line, fields, message):
         settled(line.store, resolve_recipe(fields), line.version("support@v1"))
 
 
+def test_a_fresh_adapter_always_starts(line):
+    """Its B = 0, so the constant rate without a warm-up would be its first; nothing of a line's phase holds for it."""
+    for parent in ("support@v3", "support@v4"):
+        fields = {"methods": [{"name": "per-task"}], "warmup_share": 0.5, "learning_rate": 0.01}
+        anew = resolve_recipe(INFINITE | fields)
+        recipe = settled(line.store, anew, line.version(parent))
+        assert (recipe.phase, recipe.warmup_share, recipe.constant_rate) == ("start", 0.5, 0.004)
+        assert settled(line.store, recipe, line.version(parent)) == recipe
+        for phase in ("continue", "anneal"):
+            asked = resolve_recipe(dict(anew), {"phase": phase})
+            with pytest.raises(BadInput, match=f"{phase} goes on .* method per-task trains a fresh adapter"):
+                settled(line.store, asked, line.version(parent))
+    plan = plan_of(line, ["a"], INFINITE | fields)
+    assert (
+        plan.parent == line.version("support@v4").digest
+    )  # the annealed one: its weights are not gone on with
+
+
 def test_another_constant_rate_than_the_lines_is_refused(line):
     asked = resolve_recipe(INFINITE | {"constant_rate": 0.002, "learning_rate": 0.01})
     with pytest.raises(

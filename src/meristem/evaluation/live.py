@@ -67,6 +67,9 @@ class ForgettingCallback(TrainerCallback):
 
     After each look: ``comparison``, ``flips`` (``task/id`` of the negative ones), ``streak``; ``reason`` says in one
     line why the run was stopped, ``None`` while it was not. ``baseline``: the results before the first step.
+
+    That is after ``continual``'s methods prepared the model: with per-task experts the new one, still empty, routes
+    already, and with LAE the model holds its online weights from the first look to the last, not what a version serves.
     """
 
     def __init__(

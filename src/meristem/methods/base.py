@@ -85,6 +85,7 @@ class Method:
     """What only some trainers have, out of ``{"likelihood", "next-token"}``: rows as batches of tokens and labels,
     a language-model head over a completion."""
 
+    _used = False  # by a trainer
     _arguments: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -233,6 +234,14 @@ def trainable(model: Any) -> dict[str, nn.Parameter]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def unused(method: Method) -> Method:
+    """``method`` for the first trainer that asks for it, else one built alike: a used one holds an update's state."""
+    if method._used:
+        method = type(method)(**method.arguments())
+    method._used = True
+    return method
 
 
 def _captured(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

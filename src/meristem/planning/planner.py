@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Connection
 
-from meristem.config import ModelSettings, Recipe, resolve_recipe
+from meristem.config import MethodConfig, ModelSettings, Recipe, resolve_recipe
 from meristem.data.datasets import load_rows
 from meristem.ecosystem import aliases, assets, ledger, versions
 from meristem.ecosystem.ledger import Entry
 from meristem.ecosystem.records import Asset, Criterion, Plan, Signal
 from meristem.ecosystem.versions import VersionEntry
-from meristem.errors import BadInput
+from meristem.errors import BadInput, Clash
 from meristem.evaluation.contamination import refuse_leaks
-from meristem.methods.registry import parse
+from meristem.methods.base import Method
+from meristem.methods.registry import build, parse
 from meristem.release import criteria
 from meristem.store.store import Store, Transaction, read_document
-from meristem.training.recipes import continued, settled
+from meristem.training.recipes import continued, maker_of, settled
 
 # What each kind of signal is answered with; signals that bring no data wait for some.
 _RETRY = {"regression", "incident"}
@@ -47,7 +49,8 @@ def plan_next(store: Store, actor: str, settings: ModelSettings, model: str) -> 
             else pending[:1]
         )
         plan = _plan(connection, settings, model, together)
-    recipe = _recipe(settings, plan.attempt, first.kind)
+        champion = versions.by_digest(connection, plan.parent)
+    recipe = _recipe(settings, plan.attempt, first.kind, maker_of(store, champion))
     return record_plan(store, actor, settings, plan, recipe if plan.action == "update" else None, together)
 
 
@@ -157,16 +160,31 @@ def _reason(signal: Signal) -> str:
     return f"{signal.kind}: {signal.note or 'learn it on top of the champion'}"
 
 
-def _recipe(settings: ModelSettings, attempt: int, kind: str) -> Recipe:
+def _recipe(settings: ModelSettings, attempt: int, kind: str, maker: MethodConfig | None) -> Recipe:
     """First attempts use the model's plain methods, what follows a regression or an incident the protecting ones.
 
     The same recipe again would give the same weights, so from the third attempt on each halves the learning rate.
     """
-    chosen = settings.retry_methods if attempt > 1 or kind in _RETRY else settings.methods
-    built = [parse(text) for text in chosen]
+    retry = attempt > 1 or kind in _RETRY
+    built = [parse(text) for text in (settings.retry_methods if retry else settings.methods)]
+    if retry and maker and maker.name not in [method.label for method in built]:
+        built = _protecting(settings, maker, built)
     methods = [{"name": method.label, "arguments": method.arguments()} for method in built]
     recipe = resolve_recipe(settings.recipe, {"methods": methods})
     return recipe.slower(0.5 ** max(0, attempt - 2))
+
+
+def _protecting(settings: ModelSettings, maker: MethodConfig, added: list[Method]) -> list[Method]:
+    """``maker``, without which the line cannot go on, and those of ``added`` that go with it."""
+    from meristem.training._refusals import clashes  # torch, which a plan that trains nothing can do without
+
+    own = [method for text in settings.methods if (method := parse(text)).label == maker.name]
+    chosen = own[:1] or [build(maker.name, maker.arguments)]
+    for method in added:
+        with suppress(Clash):
+            clashes(object, [*chosen, method], None)
+            chosen.append(method)
+    return chosen
 
 
 def _criteria(

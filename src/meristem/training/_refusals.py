@@ -64,12 +64,27 @@ def shapes(method_state: Any, history: Any) -> None:
 
 
 def packing(methods: Sequence[Method], options: Any) -> None:
-    for method in methods:
-        if method.columns and getattr(options, "packing", False):
+    """``padding_free`` joins the rows of a batch into one, as packing does."""
+    joins = next((name for name in ("packing", "padding_free") if getattr(options, name, False)), None)
+    for method in methods if joins else ():
+        if method.columns:
             needs = " and ".join(sorted(method.columns))
             raise Clash(
-                f"method {method.label} needs the {needs} of each row, which packing drops: packing=False"
+                f"method {method.label} needs the {needs} of each row, which {joins} drops: {joins}=False"
             )
+
+
+def best_model(methods: Sequence[Method], options: Any) -> None:
+    """Hugging Face would put earlier weights back, and the methods would still hold what goes with the last ones."""
+    if not getattr(options, "load_best_model_at_end", False):
+        return
+    hooks = ("prepare_model", "weights", "penalty", "gradients")
+    holding = [m for m in methods if m.overrides("state_dict") and any(map(m.overrides, hooks))]
+    if holding:
+        raise Clash(
+            f"method {holding[0].label} keeps state that goes with the weights it was trained to, and earlier ones would "
+            "come back without theirs: load_best_model_at_end=False"
+        )
 
 
 def streams(methods: Sequence[Method], given: Any) -> None:

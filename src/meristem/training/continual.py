@@ -29,7 +29,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from meristem.errors import BadInput, Clash, NonFiniteLoss
-from meristem.methods.base import Context, Method, MethodState, Row, Step, trainable
+from meristem.methods.base import Context, Method, MethodState, Row, Step, trainable, unused
 from meristem.training import (
     _checkpoint,
     _hooks,
@@ -55,8 +55,10 @@ def continual(
     ``method_state`` (what ``method_state()`` of the previous update gave, or the folder that
     ``save_method_state`` wrote), ``history`` (earlier task -> raw rows), ``reference_model`` and ``progress`` (``(label, total) -> advance``). ``stage`` says which stage a
     trainer serves that Meristem does not know; without it the stages of such a trainer are not checked.
-    Methods that cannot work together or with this trainer are refused by name (``Clash``). ``lean`` leaves out
-    work that cannot change the trainer's losses (``_lean``), where it can; False keeps to the trainer's own path.
+    Methods that cannot work together or with this trainer are refused by name (``Clash``). The objects given serve
+    the first trainer that is made; each later one has its own in ``trainer.methods``, built from the same arguments,
+    so that nothing but ``method_state`` goes from update to update. ``lean`` leaves out work that cannot change the
+    trainer's losses (``_lean``), where it can; False keeps to the trainer's own path.
     """
     _refusals.clashes(trainer_cls, methods, stage)
     attached = list(methods)
@@ -86,9 +88,11 @@ class ContinualTrainer(_upstream.PrivateHooks):
         progress: Callable[[str, int], Callable[[int], None]] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.methods = [unused(method) for method in self.methods]
         given = _upstream.by_name(type(self), ContinualTrainer, args, kwargs)
         options = given.get("args")
         _refusals.packing(self.methods, options)
+        _refusals.best_model(self.methods, options)
         _refusals.model_init(self.methods, given)
         if isinstance(method_state, str | Path):
             method_state = _checkpoint.read_finished(Path(method_state))

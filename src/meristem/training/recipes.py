@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from meristem import experts_format
-from meristem.config import Lora, Recipe, resolve_recipe
+from meristem.config import Lora, MethodConfig, Recipe, resolve_recipe
 from meristem.ecosystem import versions
 from meristem.ecosystem.folders import ADAPTER_CONFIG, CONFIG, EXPERTS_CONFIG
 from meristem.ecosystem.records import Asset, Content
@@ -36,7 +36,7 @@ def continued(store: Store, recipe: Recipe, champion: VersionEntry, data: Collec
     One that was annealed for a release is left aside when ``recipe`` goes on with the infinite schedule: training
     continues from the version it was annealed from. ``BadInput`` when that one would miss data of the annealing.
     """
-    if recipe.schedule != "infinite" or recipe.phase == "start":
+    if recipe.schedule != "infinite" or recipe.phase == "start" or _fresh(recipe):
         return champion
     with store.database.read() as connection:
         parent, annealed_on = champion, set()
@@ -67,13 +67,22 @@ def _recipe_of(store: Store, connection: Connection, version: VersionEntry) -> R
 
 
 def _with_schedule(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe:
-    """On the infinite schedule a line starts once, and goes on at the constant rate that it started with."""
+    """On the infinite schedule a line starts once, and goes on at the constant rate that it started with.
+
+    A fresh adapter always starts: none of its weights has been warmed up.
+    """
     if recipe.schedule != "infinite":
         return recipe
+    fresh = _fresh(recipe)
+    if fresh and recipe.phase in ("continue", "anneal"):
+        raise BadInput(
+            f"recipe.phase: {recipe.phase} goes on at the rate of weights that are trained already, and method {fresh} "
+            "trains a fresh adapter: leave phase out"
+        )
     with store.database.read() as connection:
         line = _recipe_of(store, connection, parent)
     held = line.constant_rate if line is not None and line.phase != "anneal" else None
-    phase = recipe.phase or ("start" if held is None else "continue")
+    phase = recipe.phase or ("start" if held is None or fresh else "continue")
     if phase == "start":
         if recipe.constant_rate is None:
             raise BadInput(
@@ -95,6 +104,11 @@ def _with_schedule(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe
     if phase == "continue":
         unused |= {"decay_share": None, "final_rate": None}
     return _checked(recipe, phase=phase, constant_rate=held, **unused)
+
+
+def _fresh(recipe: Recipe) -> str | None:
+    """The method of ``recipe`` that trains a fresh adapter, if one does."""
+    return next((method.name for method in recipe.methods if load(method.name).fresh_adapter), None)
 
 
 def _checked(recipe: Recipe, **fields: Any) -> Recipe:
@@ -186,6 +200,18 @@ def _refuse_other_kind(
 
 def _experts(store: Store, content: Content) -> experts_format.Document:
     return experts_format.parse(EXPERTS_CONFIG, store.read_blob(content.files[EXPERTS_CONFIG]))
+
+
+def maker_of(store: Store, version: VersionEntry) -> MethodConfig | None:
+    """The method that alone goes on with ``version``, with its arguments if the line knows them; None for any method."""
+    with store.database.read() as connection:
+        content = versions.content_of(connection, version.content)
+        line = _recipe_of(store, connection, version)
+    if content.kind != "experts":
+        return None
+    name = _experts(store, content).method
+    known = [method for method in (line.methods if line else []) if method.name == name]
+    return known[0] if known else MethodConfig(name=name)
 
 
 def _shape(store: Store, content: Content) -> tuple[str, dict[str, Any]]:

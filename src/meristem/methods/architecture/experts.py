@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, normalize, one_hot
+from transformers.pytorch_utils import Conv1D
 
 from meristem.errors import BadInput, Clash
 from meristem.experts_format import ExpertEntry, RouterEntry
@@ -101,6 +102,9 @@ class Experts:
     all tokens of a forward that starts without a cache; the weights stay while the cache grows. With the adapter
     off, the model answers as before the present task: with the frozen experts, routed among themselves.
     ``newest_alone``: in training mode every row goes to the expert in training.
+
+    Gradient checkpointing runs layers again in the backward pass, by the routing that holds then: a teacher's forward
+    in eval mode and one on a batch inside another (``batch``) leave that of the forward in training mode alone.
     """
 
     def __init__(
@@ -115,12 +119,12 @@ class Experts:
         self.model, self.router, self.newest, self.newest_alone = _causal(model), router, newest, newest_alone
         self.frozen = list(frozen)
         self.features: Tensor | None = None  # (batch, width) of the latest forward
-        self.routing: Routing | None = None
+        self._routings: dict[bool, Routing] = {}  # of the latest forward in training mode, and in eval mode
         self._reference: Routing | None = None
         self._prompt: Tensor | None = None
         self._fixed = False
-        backbone = getattr(self.model, "base_model", self.model)
-        self._hooks = [backbone.register_forward_pre_hook(self._on_forward, with_kwargs=True)]
+        self._backbone = getattr(self.model, "base_model", self.model)
+        self._hooks = [self._backbone.register_forward_pre_hook(self._on_forward, with_kwargs=True)]
         modules = dict(self.model.named_modules())
         _refuse_misfits(self.model, modules, self.frozen)
         for name in dict.fromkeys(name for expert in frozen for name in expert.factors):
@@ -142,12 +146,21 @@ class Experts:
 
     @contextmanager
     def batch(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Forwards inside are on this labelled batch."""
-        before, self._prompt = self._prompt, prompt_mask(inputs)
+        """Forwards inside are on this labelled batch; ``Clash`` for one that a backward pass would route wrongly."""
+        before, inner = (self._prompt, self.features, dict(self._routings)), self._prompt is not None
+        checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        if inner and torch.is_grad_enabled() and checkpointing:
+            raise Clash(
+                "a method's loss on a batch of its own, with experts and under gradient checkpointing, would be "
+                "computed again as if it were the trainer's batch: gradient_checkpointing=False"
+            )
+        self._prompt = prompt_mask(inputs)
         try:
             yield
         finally:
-            self._prompt = before
+            self._prompt = before[0]
+            if inner:
+                _, self.features, self._routings = before
 
     @contextmanager
     def fixed(self, prompts: Sequence[Sequence[int]]) -> Iterator[None]:
@@ -158,6 +171,11 @@ class Experts:
             yield
         finally:
             self._fixed = False
+
+    @property
+    def routing(self) -> Routing | None:
+        """Of the latest forward in the mode, training or not, that the model is in."""
+        return self._routings.get(self._backbone.training)
 
     def present(self) -> Routing:
         """The routing of the forward under way."""
@@ -192,9 +210,9 @@ class Experts:
             if self.newest_alone and training:
                 weights = torch.zeros(len(rows), len(vectors)).to(self.features)
                 weights[:, -1] = 1
-                self.routing = Routing(weights, ())
+                self._routings[self._backbone.training] = Routing(weights, ())
                 return
-        self.routing = self._routed(vectors)
+        self._routings[self._backbone.training] = self._routed(vectors)
 
     def _routed(self, vectors: list[Tensor]) -> Routing:
         assert self.features is not None
@@ -289,15 +307,23 @@ def _refuse_misfits(model: Any, modules: Mapping[str, Any], experts: Sequence[Ex
             if layer is None:
                 odd = f"it changes layer {name}, which this model lacks"
                 continue
-            found = (tuple(down.shape), tuple(up.shape))
-            d_in, d_out = (
-                getattr(layer, "in_features", down.shape[1]),
-                getattr(layer, "out_features", len(up)),
-            )
+            if (widths := _widths(layer)) is None:
+                odd = f"it changes {name or 'the whole model'}, which is no linear layer ({type(layer).__name__})"
+                continue
+            found, (d_in, d_out) = (tuple(down.shape), tuple(up.shape)), widths
             if found != (wanted := ((about.rank, d_in), (d_out, about.rank))):
                 odd = f"A and B of {name} are {found[0]} and {found[1]}, not {wanted[0]} and {wanted[1]}"
         if odd:
             raise BadInput(f"the expert of task {about.task!r}: {odd}; use the base that it was made on")
+
+
+def _widths(layer: Any) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear layer, under PEFT or not; None of any other layer."""
+    layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    if isinstance(layer, Conv1D):  # GPT-2's, whose weight is (d_in, d_out)
+        return layer.weight.shape[0], layer.weight.shape[1]
+    known = hasattr(layer, "in_features") and hasattr(layer, "out_features")
+    return (layer.in_features, layer.out_features) if known else None
 
 
 def _causal(model: Any) -> Any:
