@@ -1,54 +1,16 @@
-"""What the seam refuses before training, by name and in one line (``Clash``)."""
+"""What the seam refuses of a model, a data set or a run before training, by name and in one line (``Clash``)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
 from typing import Any, NoReturn, TypeVar
 
-from meristem.errors import BadInput, Clash
+from meristem.errors import Clash
 from meristem.methods.base import Context, Method, Step
 from meristem.training import _sharding, _upstream
 
 Given = TypeVar("Given", Context, Step)
-
-
-def clashes(trainer_cls: type, methods: Sequence[Method], stage: str | None) -> None:
-    """Methods that cannot work together, or not with this class of trainer."""
-    seen: set[str] = set()
-    for method in methods:
-        if not isinstance(method, Method):
-            raise BadInput(f"{method!r} is not a Method: build one by name with meristem.methods.build")
-        if method.label in seen:
-            raise Clash(f"method {method.label} is given twice: keep one")
-        seen.add(method.label)
-    for first, second in combinations(methods, 2):
-        if isinstance(first, type(second)) or isinstance(second, type(first)):
-            raise Clash(f"methods {first.label} and {second.label} are one technique in two forms: keep one")
-    for method in methods:
-        if method.alone and len(methods) > 1:
-            others = ", ".join(m.label for m in methods if m is not method)
-            raise Clash(f"method {method.label} is a baseline and goes with no other: drop it, or {others}")
-    builders = [m.label for m in methods if m.replaces_architecture]
-    if len(builders) > 1:
-        raise Clash(f"methods {' and '.join(builders)} both replace the architecture: keep one")
-    stages = frozenset({stage}) if stage else _upstream.stages_of(trainer_cls)
-    for method in methods:
-        if stages is not None and not stages & method.stages:
-            raise Clash(
-                f"method {method.label} works in stages {', '.join(sorted(method.stages))}, "
-                f"not in {', '.join(sorted(stages))} ({trainer_cls.__name__})"
-            )
-        if method.overrides("around") and _upstream.generates_inputs(trainer_cls):
-            raise Clash(
-                f"method {method.label} runs a batch twice, and {trainer_cls.__name__} generates its batches"
-            )
-        if not _upstream.has_likelihood(trainer_cls) and "likelihood" in method.needs:
-            raise Clash(
-                f"method {method.label} needs the likelihood of rows, and {trainer_cls.__name__} has no batches "
-                "of tokens and labels: use SFTTrainer"
-            )
 
 
 def packing(methods: Sequence[Method], options: Any) -> None:

@@ -20,22 +20,6 @@ from torch import nn
 from meristem.errors import BadInput, Clash
 from meristem.training import _tags
 
-_STAGES: dict[str, frozenset[str]] = {
-    "SFTTrainer": frozenset({"cpt", "cit"}),
-    "DPOTrainer": frozenset({"ca"}),
-    "KTOTrainer": frozenset({"ca"}),
-    "CPOTrainer": frozenset({"ca"}),
-    "ORPOTrainer": frozenset({"ca"}),
-    "RewardTrainer": frozenset({"ca"}),
-    "GRPOTrainer": frozenset({"rl"}),
-    "DistillationTrainer": frozenset({"rl"}),  # on its own samples
-    "RLOOTrainer": frozenset({"rl"}),
-}
-_GENERATING = frozenset(
-    {"GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "GKDTrainer", "SDFTTrainer", "DistillationTrainer"}
-)
-_PREFERRING = frozenset({"KTOTrainer", "CPOTrainer", "ORPOTrainer", "RewardTrainer"})
-
 
 class PrivateHooks:
     """The private methods of ``Trainer`` that the seam extends; stands before the trainer in the MRO."""
@@ -124,27 +108,6 @@ def by_name(
         if any(p.kind is not p.VAR_POSITIONAL and p.kind is not p.VAR_KEYWORD for p in parameters):
             break
     raise BadInput(f"{trainer_class.__name__} takes fewer positional arguments than {len(args)}: name them")
-
-
-def stages_of(trainer_class: type) -> frozenset[str] | None:
-    """The stages a trainer serves, by the names in its MRO; None for one we do not know."""
-    for base in trainer_class.__mro__:
-        if base.__name__ in _STAGES:
-            return _STAGES[base.__name__]
-    return None
-
-
-def generates_inputs(trainer_class: type) -> bool:
-    """Whether the trainer samples its own completions, so that a batch cannot be run twice."""
-    return any(base.__name__ in _GENERATING for base in trainer_class.__mro__)
-
-
-def has_likelihood(trainer_class: type) -> bool:
-    """Whether rows become token ids with labels for a language model (of a pair: the prompt and its chosen answer).
-
-    Assumed of trainers we do not know.
-    """
-    return not any(base.__name__ in _GENERATING | _PREFERRING for base in trainer_class.__mro__)
 
 
 def continue_token_count(trainer: Any) -> None:

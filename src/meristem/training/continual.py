@@ -29,7 +29,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from meristem.errors import BadInput, Clash, NonFiniteLoss
+from meristem.methods import clashes
 from meristem.methods.base import Context, Method, MethodState, Row, Step, trainable
+from meristem.methods.trainers import kind_of
 from meristem.training import (
     _checkpoint,
     _hooks,
@@ -59,7 +61,7 @@ def continual(
     work that cannot change the trainer's losses (``_lean``), where it can; False keeps to the trainer's own path.
     """
     attached = list(methods)
-    _refusals.clashes(trainer_cls, attached, stage)
+    clashes.refuse(attached, trainer_cls.__name__, kind_of(trainer_cls), stage)
     told = {"__module__": trainer_cls.__module__, "__doc__": trainer_cls.__doc__}
     namespace = {"methods": attached, "lean": lean, **told}
     return type(f"Continual{trainer_cls.__name__}", (ContinualTrainer, trainer_cls), namespace)
