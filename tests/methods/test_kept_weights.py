@@ -11,11 +11,11 @@ from tests.training.stream import rows, sft, weights
 from tests.training.trainers import make
 
 from meristem.errors import Clash
-from meristem.methods import _weights
 from meristem.methods.base import trainable
 from meristem.methods.optimization.lae import LAE
 from meristem.methods.regularization.old_teacher_distill import OldTeacherDistill
 from meristem.methods.replay.mer import MER
+from meristem.training import _upstream
 
 
 def three():
@@ -72,8 +72,8 @@ def test_train_with_each_trainer_of_their_stages(kind, tmp_path):
 @pytest.mark.parametrize("method", three())
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_sharded_weights_are_refused_by_name(method, kind, monkeypatch, tmp_path):
-    monkeypatch.setattr(_weights, "is_initialized", lambda: True)
+    monkeypatch.setattr(_upstream, "is_initialized", lambda: True)
     sharded = type("State", (), {"distributed_type": f"DistributedType.{kind}"})
-    monkeypatch.setattr(_weights, "AcceleratorState", sharded)
-    with pytest.raises(Clash, match=rf"method {method.name} keeps a whole copy .* shards them \({kind}\)"):
+    monkeypatch.setattr(_upstream, "AcceleratorState", sharded)
+    with pytest.raises(Clash, match=rf"method {method.name} needs whole weights, .* shards them \({kind}\)"):
         sft(tmp_path, [method], rows(2))

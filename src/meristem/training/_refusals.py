@@ -49,6 +49,15 @@ def gradients(methods: Sequence[Method], trainer: Any) -> None:
             )
 
 
+def sharded(methods: Sequence[Method], params: Mapping[str, Any]) -> None:
+    """A process would hold a part of each weight only: methods that say that they need whole ones."""
+    whole = [method.label for method in methods if not method.sharded]
+    if whole and (kind := _upstream.sharding_of(params.values())):
+        raise Clash(
+            f"method {', '.join(whole)} needs whole weights, this run shards them ({kind}): use one device or DDP"
+        )
+
+
 def sharded_term(method: Method, value: Any) -> None:
     """A term of the parameters themselves: FSDP2 would reduce its gradient once more."""
     if _sharding.sharded([value]):

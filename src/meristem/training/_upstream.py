@@ -7,15 +7,17 @@ is in one of the two.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
 from datasets import Dataset
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from meristem.errors import BadInput, Clash
 from meristem.training import _tags
@@ -236,3 +238,11 @@ def gathers(model: nn.Module) -> bool:
 def sharded_by_accelerate(accelerator: Any) -> bool:
     """Whether accelerate shards the weights (FSDP2), and so keeps gradients back until the last micro-batch."""
     return bool(getattr(accelerator, "is_fsdp2", False))
+
+
+def sharding_of(params: Iterable[Any]) -> str | None:
+    """What shards the weights, or will once accelerate prepares them; None where every process has whole ones."""
+    kind = str(AcceleratorState().distributed_type).rpartition(".")[2] if is_initialized() else ""
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        return kind
+    return "DTensor" if any(isinstance(p, DTensor) for p in params) else None

@@ -132,6 +132,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
     def _attach(self) -> None:
         """The model exists, the optimizer does not: collator, callback, ``prepare_model``."""
         _refusals.gradients(self.methods, self)
+        _refusals.sharded(self.methods, self.parameters())
         _refusals.quantized(self.methods, self.parameters())
         _refusals.checkpoints(self, writes=str(self.args.save_strategy) not in ("no", "SaveStrategy.NO"))
         self.not_lean = _lean.report(self) if self.lean else []  # what it cannot leave out, and why

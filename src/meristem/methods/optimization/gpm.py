@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from meristem.errors import BadInput, Clash
-from meristem.methods._weights import refuse_sharded
 from meristem.methods.base import Context, Method, MethodState, Params, Row, trainable
 
 
@@ -188,5 +187,4 @@ def _linear(model: nn.Module) -> dict[str, nn.Linear]:
     }
     if not found:
         raise Clash("gpm projects the weights of linear layers, and none is in training")
-    refuse_sharded("gpm", params)
     return found

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from meristem.errors import BadInput
-from meristem.methods._weights import check_fits, named, refuse_sharded, snapshot, taken
+from meristem.methods._weights import check_fits, named, snapshot, taken
 from meristem.methods.base import Context, Method, MethodState, Params, trainable
 
 SERVED = ("mean", "offline")
@@ -59,7 +59,6 @@ class LAE(Method):
     @torch.no_grad()
     def prepare_model(self, model: nn.Module, ctx: Context) -> None:
         params = trainable(model)
-        refuse_sharded(self.name, params)
         check_fits(self.name, self.online, params)
         check_fits(self.name, self.offline, params)
         for name, value in self.online.items():
