@@ -17,16 +17,22 @@ from meristem.ecosystem.folders import ADAPTER_CONFIG, CONFIG, EXPERTS_CONFIG
 from meristem.ecosystem.records import Asset, Content
 from meristem.ecosystem.versions import VersionEntry
 from meristem.errors import BadInput, Clash
+from meristem.methods import clashes
 from meristem.methods.base import Method
-from meristem.methods.registry import load
+from meristem.methods.registry import build, load
+from meristem.methods.trainers import KNOWN, STAGES
 from meristem.store.store import Store
 
 
 def settled(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe:
     """``recipe`` with the LoRA and, on the infinite schedule, the phase that training from ``parent`` really has.
 
-    ``BadInput`` where the recipe says otherwise than the line that it continues.
+    ``BadInput`` where the recipe says otherwise than the line that it continues, or a method cannot be built;
+    ``Clash`` for methods that do not go together, or not with the stage.
     """
+    methods = [build(method.name, method.arguments) for method in recipe.methods]
+    trainer = STAGES[recipe.stage]
+    clashes.refuse(methods, trainer, KNOWN[trainer], recipe.stage)
     return _with_schedule(store, _with_lora(store, recipe, parent), parent)
 
 
