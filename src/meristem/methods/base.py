@@ -64,6 +64,9 @@ class Method:
     """Whether ``prepare_model`` rebuilds the network; two such methods clash."""
     fresh_adapter: ClassVar[bool] = False
     """Whether an update trains a fresh LoRA on the base instead of going on with the version's adapter."""
+    weight_state: ClassVar[bool] = False
+    """Whether its state describes the weights in training one by one, and is of no use with other ones: it goes with no
+    method that has a fresh adapter or rebuilds the network, and after an update with one it starts anew."""
     content: ClassVar[Literal["adapter", "experts"]] = "adapter"
     """The kind of version that it makes; other than ``adapter``, ``save`` writes it, and only it continues one."""
 

@@ -51,3 +51,15 @@ def _pairs(methods: Sequence[Method]) -> None:
     builders = [m.label for m in methods if m.replaces_architecture]
     if len(builders) > 1:
         raise Clash(f"methods {' and '.join(builders)} both replace the architecture: keep one")
+    for method in methods:
+        other = next((m for m in methods if m is not method and trains_other_weights(m)), None)
+        if method.weight_state and other is not None:
+            raise Clash(
+                f"method {method.label} remembers the weights in training, and {other.label} trains other ones in "
+                "the next update: drop one"
+            )
+
+
+def trains_other_weights(method: Method | type[Method]) -> bool:
+    """Whether an update with it trains other weights, or of another shape, than the update before it."""
+    return method.fresh_adapter or method.replaces_architecture

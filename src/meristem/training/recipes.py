@@ -128,7 +128,10 @@ def _with_lora(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe:
         line = _recipe_of(store, connection, parent)
     _refuse_other_kind(store, content, parent, methods)
     layers = _layer_count(store, base)
-    lineage = (line and line.lora) or _imported(*_shape(store, content), layers)
+    where, shape = _shape(store, content)
+    lineage = _imported(where, shape, layers)
+    if line and line.lora:  # as it was asked for; a method may have made the adapter larger since
+        lineage = line.lora.model_copy(update={"rank": lineage.rank, "alpha": lineage.alpha})
     if any(method.fresh_adapter for method in methods.values()):
         own = {field: getattr(asked, field) for field in asked.model_fields_set}
         return recipe.model_copy(update={"lora": lineage.model_copy(update=own)})

@@ -44,6 +44,7 @@ class GPM(Method):
     claims = ("less-forgetting",)
     stages = frozenset({"cpt", "cit", "ca"})
     needs_before = True
+    weight_state = True
     old_data = "first"
     weight_copies = 1
     grows = "bases, up to the square of each layer's input width"

@@ -45,6 +45,7 @@ class LAE(Method):
     claims = ("less-forgetting",)
     stages = frozenset({"cpt", "cit", "ca"})
     weight_copies = 1
+    weight_state = True
     sharded = False
 
     def __init__(self, decay: float = 0.99, serve: str = "mean") -> None:
