@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.methods.streams import saved, second, trained_adapter
+from tests.methods.adapters import adapter
+from tests.methods.streams import BRIEF, saved, second, trained_adapter
 from tests.training.stream import rows, sft, weights
 from tests.training.trainers import make
 
 from meristem.errors import Clash
 from meristem.methods.base import trainable
 from meristem.methods.optimization.lae import LAE
+from meristem.methods.regularization.ewc import EWC
 from meristem.methods.regularization.old_teacher_distill import OldTeacherDistill
 from meristem.methods.replay.mer import MER
 from meristem.training import _upstream
@@ -56,6 +58,30 @@ def test_a_new_process_that_is_killed_and_one_that_resumes_end_in_the_bits_of_me
     resumed.model.save_pretrained(str(tmp_path / "version"))  # PEFT alone reads what was trained
     served, ours = (dict(trainable(m)) for m in (saved(tmp_path / "version"), resumed.model))
     torch.testing.assert_close(served, ours, rtol=0, atol=0)
+
+
+def test_lae_stands_anywhere_in_the_list(tmp_path):
+    """Two updates, LAE first and last: the others find, edit and keep the weights in training, it serves the rest."""
+    ends = []
+    for place in (0, 3):
+        model, state = adapter(), None
+        for task in "AB":
+            methods = [MER(ratio=0.4, every=3), OldTeacherDistill(), EWC(samples=2, strength=100)]
+            methods.insert(place, LAE(decay=0.9))
+            options = {**BRIEF, "method_state": state, "model": model}
+            trainer = sft(tmp_path / f"{place}{task}", methods, rows(6, task), task=task, **options)
+            trainer.train()
+            model, state = trainer.model, trainer.method_state()
+        ends.append((dict(trainable(model)), state))
+    (one, ours), (other, theirs) = ends
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    for name, found in ours.items():
+        torch.testing.assert_close(found["tensors"], theirs[name]["tensors"], rtol=0, atol=0)
+    lae, ewc = ours["lae"]["tensors"], ours["ewc"]["tensors"]
+    for name, p in one.items():
+        mean = (lae[f"online.{name}"] + lae[f"offline.{name}"]) / 2
+        torch.testing.assert_close(p.detach(), mean)
+        assert torch.equal(ewc[f"anchor.{name}"], lae[f"online.{name}"])
 
 
 @pytest.mark.parametrize("kind", ["plain", "sft", "cpt", "dpo", "reward"])

@@ -144,8 +144,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
         context.model = self.model
         context.batcher, context.loss_of = self._batches, self._likelihood
         with self._sharded():
-            # What replaces the architecture comes first: the others hold on to the weights that they find.
-            for method in sorted(self.methods, key=lambda m: not m.replaces_architecture):
+            for method in _hooks.replacing_first(self.methods):
                 method.prepare_model(self.model, _refusals.declared(method, context))
 
     def _keep_hidden(self, states: Tensor) -> None:
@@ -216,7 +215,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
         self._hidden = None
         if not self.interrupted:
             with self._sharded():
-                for method in self.methods:
+                for method in _hooks.served_last(self.methods):
                     method.finish(_refusals.declared(method, self.context))
         return result
 
