@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import EntryPoint
 from typing import Any
 
+from meristem.errors import BadInput
 from meristem.methods import _static
 from meristem.methods.base import HOOKS
 from meristem.methods.registry import available, entry, load
@@ -69,8 +70,20 @@ def facts(name: str) -> Facts:
 
 
 def all_facts() -> dict[str, Facts]:
-    """Every registered method's, by name."""
-    return {name: facts(name) for name in available()}
+    """By name, of every registered method that can be read or loaded."""
+    return listed()[0]
+
+
+def listed() -> tuple[dict[str, Facts], dict[str, str]]:
+    """``all_facts``, and of the methods that cannot be loaded the reason, by name."""
+    found: dict[str, Facts] = {}
+    broken: dict[str, str] = {}
+    for name in available():
+        try:
+            found[name] = facts(name)
+        except BadInput as error:
+            broken[name] = str(error)
+    return found, broken
 
 
 def _read(registered: EntryPoint) -> Facts | None:
