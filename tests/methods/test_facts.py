@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 import subprocess
@@ -17,6 +18,7 @@ from tests.training.stream import plain, rows, tokens, weights
 from tests.training.trainers import CLASSES
 from transformers import TrainerCallback
 
+from meristem.cli.method import list_
 from meristem.errors import BadInput
 from meristem.methods import Context, available, build, registry
 from meristem.methods.base import HOOKS, trainable
@@ -79,6 +81,7 @@ class Update:
         trainer.train()
         self.weights, self.state = weights(model), copy.deepcopy(trainer.method_state())
         self.trained = sum(p.numel() for p in trainable(model).values())
+        self.names = set(trainable(model))
 
     def same(self, other):
         [mine], [its] = self.state.values(), other.state.values()
@@ -120,6 +123,8 @@ def test_old_rows_memory_and_growth_are_as_declared(name, tmp_path):
     new = tokens(rows(4, "B"))
     assert (len(method.prepare_data(new, Context("B"))) > len(new)) is (declared.old_data == "sample")
 
+    of_weights = {key.partition(".")[2] for key in first.state[name]["tensors"]} & first.names
+    assert not of_weights or build(name).weight_state
     grown = with_state.size - first.size
     assert (grown > 0) is bool(declared.grows) or (declared.fresh_adapter and declared.grows), grown
     [state] = with_state.state.values()
@@ -169,6 +174,24 @@ def test_a_class_that_cannot_be_read_is_loaded(monkeypatch):
     found = facts("made")
     assert found.claims == ("less-forgetting",) and found.stages == {"cit"} and found.hooks == ("penalty",)
     assert found.about == "Made at run time."
+
+
+@pytest.mark.parametrize("module", ["tests.methods.raises_at_import", "tests.methods.no_such_module"])
+def test_a_method_that_cannot_be_loaded_is_listed_with_the_reason(module, monkeypatch, capsys):
+    from importlib.metadata import EntryPoint
+
+    entries = [
+        EntryPoint("broken", f"{module}:Broken", registry.GROUP),
+        EntryPoint("ewc", "meristem.methods.regularization.ewc:EWC", registry.GROUP),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: entries)
+    assert list(all_facts()) == ["ewc"]
+    list_(as_json=True)
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["ewc"]["needs"] == ["likelihood"]
+    assert shown["broken"]["error"].startswith(f"method 'broken' ({module}:Broken) cannot be loaded: ")
+    list_(as_json=False)
+    assert "broken" in capsys.readouterr().out
 
 
 def test_trainers_of_the_table_are_those_of_the_seam():

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.methods.streams import saved, second, trained_adapter
+from tests.methods.adapters import adapter
+from tests.methods.streams import BRIEF, saved, second, trained_adapter
 from tests.training.stream import rows, sft, weights
 from tests.training.trainers import make
 
 from meristem.errors import Clash
-from meristem.methods import _weights
 from meristem.methods.base import trainable
 from meristem.methods.optimization.lae import LAE
+from meristem.methods.regularization.ewc import EWC
 from meristem.methods.regularization.old_teacher_distill import OldTeacherDistill
 from meristem.methods.replay.mer import MER
+from meristem.training import _upstream
 
 
 def three():
@@ -58,6 +60,30 @@ def test_a_new_process_that_is_killed_and_one_that_resumes_end_in_the_bits_of_me
     torch.testing.assert_close(served, ours, rtol=0, atol=0)
 
 
+def test_lae_stands_anywhere_in_the_list(tmp_path):
+    """Two updates, LAE first and last: the others find, edit and keep the weights in training, it serves the rest."""
+    ends = []
+    for place in (0, 3):
+        model, state = adapter(), None
+        for task in "AB":
+            methods = [MER(ratio=0.4, every=3), OldTeacherDistill(), EWC(samples=2, strength=100)]
+            methods.insert(place, LAE(decay=0.9))
+            options = {**BRIEF, "method_state": state, "model": model}
+            trainer = sft(tmp_path / f"{place}{task}", methods, rows(6, task), task=task, **options)
+            trainer.train()
+            model, state = trainer.model, trainer.method_state()
+        ends.append((dict(trainable(model)), state))
+    (one, ours), (other, theirs) = ends
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    for name, found in ours.items():
+        torch.testing.assert_close(found["tensors"], theirs[name]["tensors"], rtol=0, atol=0)
+    lae, ewc = ours["lae"]["tensors"], ours["ewc"]["tensors"]
+    for name, p in one.items():
+        mean = (lae[f"online.{name}"] + lae[f"offline.{name}"]) / 2
+        torch.testing.assert_close(p.detach(), mean)
+        assert torch.equal(ewc[f"anchor.{name}"], lae[f"online.{name}"])
+
+
 @pytest.mark.parametrize("kind", ["plain", "sft", "cpt", "dpo", "reward"])
 def test_train_with_each_trainer_of_their_stages(kind, tmp_path):
     methods = [m for m in three() if kind != "reward" or m.name != "old-teacher-distill"]
@@ -72,8 +98,8 @@ def test_train_with_each_trainer_of_their_stages(kind, tmp_path):
 @pytest.mark.parametrize("method", three())
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_sharded_weights_are_refused_by_name(method, kind, monkeypatch, tmp_path):
-    monkeypatch.setattr(_weights, "is_initialized", lambda: True)
+    monkeypatch.setattr(_upstream, "is_initialized", lambda: True)
     sharded = type("State", (), {"distributed_type": f"DistributedType.{kind}"})
-    monkeypatch.setattr(_weights, "AcceleratorState", sharded)
-    with pytest.raises(Clash, match=rf"method {method.name} keeps a whole copy .* shards them \({kind}\)"):
+    monkeypatch.setattr(_upstream, "AcceleratorState", sharded)
+    with pytest.raises(Clash, match=rf"method {method.name} needs whole weights, .* shards them \({kind}\)"):
         sft(tmp_path, [method], rows(2))

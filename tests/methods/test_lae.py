@@ -41,23 +41,60 @@ def test_offline_is_the_moving_average_and_the_version_serves_as_it_says(serve):
         np.testing.assert_allclose(p.detach().numpy(), served, atol=1e-12)
 
 
-def test_the_first_task_is_learnt_plainly_and_the_next_goes_on_from_online():
-    model = Linear(3, 2)
-    first, ctx = LAE(), Context("a", model=model)
-    first.prepare_model(model, ctx)
+def learnt(method, model, task, move, **ctx):
+    """An update that adds ``move`` to every weight, and the method's state after it."""
+    ctx = Context(task, model=model, **ctx)
+    method.prepare_model(model, ctx)
     with torch.no_grad():
-        model.weight.add_(1.0)
-        first.weights(trainable(model), None)
-    learnt = model.weight.detach().clone()
-    first.finish(ctx)
-    torch.testing.assert_close(model.weight.detach(), learnt, rtol=0, atol=0)
-    state = first.state_dict()
-    state["tensors"]["online.weight"] += 2.0  # as if the version served something else
-    nxt = LAE()
-    nxt.load_state_dict(state)
-    nxt.prepare_model(model, Context("b", model=model))
-    torch.testing.assert_close(model.weight.detach(), learnt + 2.0, rtol=0, atol=0)
-    assert not nxt.online and set(nxt.offline) == {"weight", "bias"}
+        for p in model.parameters():
+            p.add_(move)
+        method.weights(trainable(model), None)
+    online = values(model)
+    method.finish(ctx)
+    return online, method.state_dict()
+
+
+def values(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def loaded(state, **arguments):
+    method = LAE(**arguments)
+    method.load_state_dict(state)
+    return method
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("serve", ["mean", "offline"])
+def test_the_first_task_is_learnt_plainly_and_the_next_goes_on_from_online(serve, kept):
+    """Also where the version holds what was served in half precision, and the next update serves otherwise."""
+    model = Linear(3, 2)
+    online, state = learnt(LAE(serve=serve), model, "a", 1.0)
+    torch.testing.assert_close(values(model), online, rtol=0, atol=0)
+    online, state = learnt(loaded(state, serve=serve), model, "b", 1.0)
+    assert not torch.equal(model.weight, online["weight"])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.to(kept))
+    third = loaded(state)
+    third.prepare_model(model, Context("c", model=model))
+    torch.testing.assert_close(values(model), online, rtol=0, atol=0)
+    offline = {name: state["tensors"][f"offline.{name}"] for name in online}
+    torch.testing.assert_close(third.offline, offline, rtol=0, atol=0)
+    assert not third.online
+
+
+def test_an_update_without_it_in_between_is_not_taken_back():
+    model = Linear(3, 2)
+    _, state = learnt(LAE(), model, "a", 1.0)
+    with torch.no_grad():
+        model.weight[0, 0] += 1e-4
+    between = values(model)
+    third = loaded(state)
+    third.prepare_model(model, Context("c", model=model))
+    for start in (values(model), third.offline):
+        torch.testing.assert_close(start, between, rtol=0, atol=0)
+    assert not third.online
 
 
 def test_a_slow_average_of_half_precision_weights_moves():

@@ -1,4 +1,5 @@
-"""Every pair of registered methods on every trainer: one step with both effects, or a refusal by name before it.
+"""Every pair of registered methods on every trainer: two steps with both effects, or a refusal by name before them;
+on one trainer also the update after that, with what the first one left.
 
 New methods are in as soon as they are registered; ``ARGUMENTS`` makes small ones of those whose defaults are large.
 """
@@ -69,7 +70,20 @@ def trained(kind, folder, names):
         key for entry in trainer.state.log_history for key in entry if key.endswith(("/loss", "/penalty"))
     }
     assert logged == {f"{call[0]}/{call[1]}" for call in calls if len(call) == 3}
+    if kind == "sft" and len(names) == 2:
+        goes_on(folder, names, trainer)
     return weights(trainer.model), {name for name, _ in acted}
+
+
+def goes_on(folder, names, before):
+    """The next update takes the weights and the state of this one, and learns."""
+    methods = [build(name, ARGUMENTS.get(name)) for name in names]
+    model = lora("sft") if any(method.fresh_adapter for method in methods) else before.model
+    options = {"max_steps": 1, "per_device_train_batch_size": 4, "method_state": before.method_state()}
+    trainer = make("sft", folder, methods, data("sft", 2, "C"), model=model, task="C", **options)
+    start = weights(trainer.model)
+    trainer.train()
+    assert any(not torch.equal(value, start[key]) for key, value in weights(trainer.model).items()), names
 
 
 def lora(kind):
@@ -113,3 +127,13 @@ def fits(trainer, method):
     except Clash:
         return False
     return True
+
+
+@pytest.mark.parametrize(
+    "names", [("ewc", "o-lora"), ("lae", "mocl"), ("gpm", "param-isolation"), ("lae", "o-lora")]
+)
+def test_a_state_of_weights_goes_with_no_method_that_trains_others(names):
+    with pytest.raises(
+        Clash, match=f"{names[0]} remembers the weights in training, and {names[1]} trains other"
+    ):
+        continual(CLASSES["sft"][0], [build(name) for name in names])

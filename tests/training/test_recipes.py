@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import EntryPoint
+from typing import get_args
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ import meristem as ms
 from meristem.config import Lora, MethodConfig, Recipe, resolve_recipe
 from meristem.ecosystem import checkouts, versions
 from meristem.ecosystem.records import Plan
-from meristem.errors import BadInput
+from meristem.errors import BadInput, MeristemError
 from meristem.methods import Method, registry
+from meristem.methods.trainers import STAGES
 from meristem.training.adapters import trainable_model
 from meristem.training.recipes import settled
 
@@ -87,6 +90,30 @@ def test_the_plan_stores_what_was_settled_and_refuses_before_anything_is_stored(
     recipe = ws.store.document(ws.plan("support").as_(Plan).recipe)
     assert recipe["lora"] == Lora().model_dump()
     ws.close()
+
+
+@pytest.mark.parametrize(
+    ("methods", "stage", "says"),
+    [
+        ([{"name": "o-lora"}], "ca", "o-lora works in stages cit, cpt, not in ca"),
+        ([{"name": "joint"}, {"name": "ewc"}], "cit", "joint is a baseline"),
+        ([{"name": "ewc", "arguments": {"strenght": 1}}], "cit", "no argument 'strenght'"),
+    ],
+)
+def test_methods_that_cannot_work_are_refused_before_anything_is_stored(released, copy, methods, stage, says):
+    folder = copy(released)
+    before = acme.state(folder)
+    ws = ms.Workspace.open(folder, actor="kim")
+    with pytest.raises(MeristemError, match=says):
+        ws.update("support", data=["b"], recipe={"methods": methods, "stage": stage})
+    ws.close()
+    assert acme.state(folder) == before
+
+
+def test_stages_train_with_what_their_methods_are_checked_against():
+    for stage, name in STAGES.items():
+        assert hasattr(import_module(f"meristem.training.{stage}"), name)
+    assert STAGES.keys() == set(get_args(Recipe.model_fields["stage"].annotation))
 
 
 class Anew(Method):

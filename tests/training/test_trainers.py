@@ -12,7 +12,7 @@ from tests.training.trainers import CLASSES, data, make
 from transformers import TrainerCallback
 
 from meristem.errors import Clash, NonFiniteLoss
-from meristem.methods import EWC, ExperienceReplay, Method
+from meristem.methods import EWC, ExperienceReplay, Method, OldTeacherDistill
 from meristem.training.continual import continual
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 1}
@@ -221,9 +221,18 @@ class NeedsRows(Method):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind not in ("plain", "sft", "dpo")])
-def test_a_method_that_needs_likelihoods_is_refused_where_there_are_none(kind):
+def test_what_a_method_needs_is_refused_where_it_is_not(kind):
     with pytest.raises(Clash, match=r"needs-rows needs the likelihood of rows, and .* use SFTTrainer"):
         continual(CLASSES[kind][0], [NeedsRows()])
+    with pytest.raises(Clash, match=r"distill needs next-token distributions .*, and .* use SFTTrainer"):
+        continual(CLASSES[kind][0], [OldTeacherDistill()], stage="cit")
+
+
+@pytest.mark.parametrize("name", ["KTOTrainer", "CPOTrainer", "ORPOTrainer", "OnlineDPOTrainer"])
+def test_what_a_method_needs_is_known_of_trainers_by_their_name(name):
+    class_of_ones_own = type("Mine", (type(name, (), {}),), {})
+    with pytest.raises(Clash, match=r"distill needs next-token distributions .*, and Mine has"):
+        continual(class_of_ones_own, [OldTeacherDistill()])
 
 
 def test_a_method_that_needs_rows_is_refused_on_a_stream(tmp_path):

@@ -17,12 +17,14 @@ app = typer.Typer(name="method", help="The continual-learning methods.", no_args
 @app.command("list")
 def list_(as_json: JSON = False) -> None:
     """Methods by name, with what helps to choose one."""
-    from meristem.methods.facts import all_facts
+    from meristem.methods.facts import listed
     from meristem.methods.table import HEADINGS, cells
 
-    found = all_facts()
+    found, broken = listed()
     rows = [list(cells(name, facts).values()) for name, facts in found.items()]
+    rows += [[name, why, *["-"] * (len(HEADINGS) - 2)] for name, why in broken.items()]
     documents = {name: facts.to_document() for name, facts in found.items()}
+    documents |= {name: {"error": why} for name, why in broken.items()}
     show(as_json, documents, table("methods", list(HEADINGS.values()), rows))
 
 

@@ -1,4 +1,4 @@
-"""Copies of the trained weights, for methods that keep one: taking, checking, swapping, refusing."""
+"""Copies of the trained weights, for methods that keep one: taking, checking, swapping."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from meristem.errors import BadInput, Clash
+from meristem.errors import BadInput
 from meristem.methods.base import Params
 
 
@@ -43,18 +41,6 @@ def taken(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name.removeprefix(start): value.clone() for name, value in tensors.items() if name.startswith(start)
     }
-
-
-def refuse_sharded(method: str, params: Params) -> None:
-    """``Clash`` where a process holds a part of each weight only."""
-    kind = str(AcceleratorState().distributed_type).rpartition(".")[2] if is_initialized() else ""
-    if kind not in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        kind = "DTensor" if any(isinstance(p, DTensor) for p in params.values()) else ""
-    if kind:
-        raise Clash(
-            f"method {method} keeps a whole copy of the weights it trains, this run shards them ({kind}): "
-            "use one device or DDP"
-        )
 
 
 def check_fits(method: str, saved: Mapping[str, Tensor], params: Params) -> None:

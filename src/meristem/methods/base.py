@@ -64,6 +64,13 @@ class Method:
     """Whether ``prepare_model`` rebuilds the network; two such methods clash."""
     fresh_adapter: ClassVar[bool] = False
     """Whether an update trains a fresh LoRA on the base instead of going on with the version's adapter."""
+    weight_state: ClassVar[bool] = False
+    """Whether its state describes the weights in training one by one, and is of no use with other ones: it goes with no
+    method that has a fresh adapter or rebuilds the network, and after an update with one it starts anew."""
+    serves_other_weights: ClassVar[bool] = False
+    """Whether the version serves other weights than those in training. Whatever the order of the list, its
+    ``prepare_model`` comes before that of other methods, so that they find the weights in training, and its ``weights``
+    and ``finish`` after theirs."""
     content: ClassVar[Literal["adapter", "experts"]] = "adapter"
     """The kind of version that it makes; other than ``adapter``, ``save`` writes it, and only it continues one."""
 

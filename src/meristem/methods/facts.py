@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import EntryPoint
 from typing import Any
 
+from meristem.errors import BadInput
 from meristem.methods import _static
 from meristem.methods.base import HOOKS
 from meristem.methods.registry import available, entry, load
+from meristem.methods.trainers import KNOWN, Kind
 
 DECLARED = (
     "claims",
@@ -23,15 +25,8 @@ DECLARED = (
     "alone",
     "fresh_adapter",
 )
-TRAINERS: dict[str, tuple[str, frozenset[str]]] = {
-    "Trainer": ("any", frozenset({"likelihood", "next-token"})),
-    "SFTTrainer": ("cpt cit", frozenset({"likelihood", "next-token"})),
-    "DPOTrainer": ("ca", frozenset({"likelihood", "next-token"})),
-    "RewardTrainer": ("ca", frozenset()),
-    "GRPOTrainer": ("rl", frozenset()),
-    "DistillationTrainer": ("rl", frozenset()),
-}
-"""Their stages, and what they have of ``Method.needs``; the last two generate their batches."""
+TRAINERS = ("Trainer", "SFTTrainer", "DPOTrainer", "RewardTrainer", "GRPOTrainer", "DistillationTrainer")
+"""Those of ``trainers.KNOWN`` that every method is tested on."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +49,14 @@ class Facts:
     @property
     def trainers(self) -> list[str]:
         """Names out of ``TRAINERS`` that it attaches to."""
-        return [
-            name
-            for name, (stages, has) in TRAINERS.items()
-            if (stages == "any" or self.stages & set(stages.split()))
-            and self.needs <= has
-            and not ("around" in self.hooks and stages == "rl")
-        ]
+        return [name for name in TRAINERS if self._fits(KNOWN[name])]
+
+    def _fits(self, kind: Kind) -> bool:
+        return (
+            (kind.stages is None or bool(self.stages & kind.stages))
+            and self.needs <= kind.offers
+            and not ("around" in self.hooks and kind.generates)
+        )
 
     def to_document(self) -> dict[str, Any]:
         fields = {key: sorted(v) if isinstance(v, frozenset) else v for key, v in asdict(self).items()}
@@ -74,8 +70,20 @@ def facts(name: str) -> Facts:
 
 
 def all_facts() -> dict[str, Facts]:
-    """Every registered method's, by name."""
-    return {name: facts(name) for name in available()}
+    """By name, of every registered method that can be read or loaded."""
+    return listed()[0]
+
+
+def listed() -> tuple[dict[str, Facts], dict[str, str]]:
+    """``all_facts``, and of the methods that cannot be loaded the reason, by name."""
+    found: dict[str, Facts] = {}
+    broken: dict[str, str] = {}
+    for name in available():
+        try:
+            found[name] = facts(name)
+        except BadInput as error:
+            broken[name] = str(error)
+    return found, broken
 
 
 def _read(registered: EntryPoint) -> Facts | None:

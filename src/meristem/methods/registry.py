@@ -67,9 +67,10 @@ def load(name: str) -> type[Method]:
     registered = entry(name)
     try:
         found = registered.load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the module is somebody's own, and may raise anything
+        remedy = "install meristem[train]" if isinstance(error, ImportError) else "correct or uninstall it"
         raise BadInput(
-            f"method {name!r} cannot be loaded: {_one_line(error)}; install meristem[train]"
+            f"method {name!r} ({registered.value}) cannot be loaded: {_one_line(error)}; {remedy}"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise BadInput(f"method {name!r} ({registered.value}) is not a meristem Method")

@@ -15,8 +15,10 @@ from meristem.ecosystem.records import Asset, Criterion, Plan, Signal
 from meristem.ecosystem.versions import VersionEntry
 from meristem.errors import BadInput, Clash
 from meristem.evaluation.contamination import refuse_leaks
+from meristem.methods import clashes
 from meristem.methods.base import Method
 from meristem.methods.registry import build, parse
+from meristem.methods.trainers import KNOWN
 from meristem.release import criteria
 from meristem.store.store import Store, Transaction, read_document
 from meristem.training.recipes import continued, maker_of, settled
@@ -176,13 +178,11 @@ def _recipe(settings: ModelSettings, attempt: int, kind: str, maker: MethodConfi
 
 def _protecting(settings: ModelSettings, maker: MethodConfig, added: list[Method]) -> list[Method]:
     """``maker``, without which the line cannot go on, and those of ``added`` that go with it."""
-    from meristem.training._refusals import clashes  # torch, which a plan that trains nothing can do without
-
     own = [method for text in settings.methods if (method := parse(text)).label == maker.name]
     chosen = own[:1] or [build(maker.name, maker.arguments)]
     for method in added:
         with suppress(Clash):
-            clashes(object, [*chosen, method], None)
+            clashes.refuse([*chosen, method], "Trainer", KNOWN["Trainer"])
             chosen.append(method)
     return chosen
 

@@ -14,6 +14,16 @@ from meristem.methods.base import Method
 from meristem.training import _sharding
 
 
+def replacing_first(methods: Sequence[Method]) -> list[Method]:
+    """What replaces the architecture, then the weights; the others hold on to the weights that they find."""
+    return sorted(methods, key=lambda m: (not m.replaces_architecture, not m.serves_other_weights))
+
+
+def served_last(methods: Sequence[Method]) -> list[Method]:
+    """What the version serves is made of weights that no other method goes on to edit, or takes for its own."""
+    return sorted(methods, key=lambda m: m.serves_other_weights)
+
+
 @contextmanager
 def hidden_states(backbone: nn.Module, keep: Callable[[Tensor], None]) -> Iterator[None]:
     """Hands the last hidden states of every forward with a gradient to ``keep``; leaves no hook on the model."""
@@ -33,7 +43,7 @@ class WeightsCallback(TrainerCallback):
     """Calls ``weights`` right after the optimizer step, with a copy from before it only if declared."""
 
     def __init__(self, methods: Sequence[Method], parameters: Callable[[], Mapping[str, Any]]):
-        self.active = [m for m in methods if m.overrides("weights")]
+        self.active = [m for m in served_last(methods) if m.overrides("weights")]
         self.parameters = parameters
         self.before: dict[str, Tensor] | None = None
 

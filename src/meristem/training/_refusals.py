@@ -1,10 +1,9 @@
-"""What the seam refuses before training, by name and in one line (``Clash``)."""
+"""What the seam refuses of a model, a data set or a run before training, by name and in one line (``Clash``)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
 from typing import Any, NoReturn, TypeVar
 
 from meristem.errors import BadInput, Clash
@@ -12,47 +11,6 @@ from meristem.methods.base import Context, Method, Step
 from meristem.training import _sharding, _upstream
 
 Given = TypeVar("Given", Context, Step)
-
-
-def clashes(trainer_cls: type, methods: Sequence[Method], stage: str | None) -> None:
-    """Methods that cannot work together, or not with this class of trainer."""
-    if not isinstance(methods, list | tuple):
-        raise BadInput(f"methods={methods!r}: give a list, e.g. [EWC()]")
-    seen: set[str] = set()
-    for method in methods:
-        if isinstance(method, type) and issubclass(method, Method):
-            raise BadInput(f"{method.__name__} is a class: give {method.__name__}(), with its arguments")
-        if not isinstance(method, Method):
-            raise BadInput(f"{method!r} is not a Method: build one by name with meristem.methods.build")
-        if method.label in seen:
-            raise Clash(f"method {method.label} is given twice: keep one")
-        seen.add(method.label)
-    for first, second in combinations(methods, 2):
-        if isinstance(first, type(second)) or isinstance(second, type(first)):
-            raise Clash(f"methods {first.label} and {second.label} are one technique in two forms: keep one")
-    for method in methods:
-        if method.alone and len(methods) > 1:
-            others = ", ".join(m.label for m in methods if m is not method)
-            raise Clash(f"method {method.label} is a baseline and goes with no other: drop it, or {others}")
-    builders = [m.label for m in methods if m.replaces_architecture]
-    if len(builders) > 1:
-        raise Clash(f"methods {' and '.join(builders)} both replace the architecture: keep one")
-    stages = frozenset({stage}) if stage else _upstream.stages_of(trainer_cls)
-    for method in methods:
-        if stages is not None and not stages & method.stages:
-            raise Clash(
-                f"method {method.label} works in stages {', '.join(sorted(method.stages))}, "
-                f"not in {', '.join(sorted(stages))} ({trainer_cls.__name__})"
-            )
-        if method.overrides("around") and _upstream.generates_inputs(trainer_cls):
-            raise Clash(
-                f"method {method.label} runs a batch twice, and {trainer_cls.__name__} generates its batches"
-            )
-        if not _upstream.has_likelihood(trainer_cls) and "likelihood" in method.needs:
-            raise Clash(
-                f"method {method.label} needs the likelihood of rows, and {trainer_cls.__name__} has no batches "
-                "of tokens and labels: use SFTTrainer"
-            )
 
 
 def shapes(method_state: Any, history: Any) -> None:
@@ -112,6 +70,15 @@ def gradients(methods: Sequence[Method], trainer: Any) -> None:
                 f"method {method.label} needs the gradient of each micro-batch, which FSDP2 keeps to itself "
                 "until the last one: gradient_accumulation_steps=1"
             )
+
+
+def sharded(methods: Sequence[Method], params: Mapping[str, Any]) -> None:
+    """A process would hold a part of each weight only: methods that say that they need whole ones."""
+    whole = [method.label for method in methods if not method.sharded]
+    if whole and (kind := _upstream.sharding_of(params.values())):
+        raise Clash(
+            f"method {', '.join(whole)} needs whole weights, this run shards them ({kind}): use one device or DDP"
+        )
 
 
 def sharded_term(method: Method, value: Any) -> None:

@@ -7,34 +7,20 @@ is in one of the two.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
 from datasets import Dataset
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from meristem.errors import BadInput, Clash
 from meristem.training import _tags
-
-_STAGES: dict[str, frozenset[str]] = {
-    "SFTTrainer": frozenset({"cpt", "cit"}),
-    "DPOTrainer": frozenset({"ca"}),
-    "KTOTrainer": frozenset({"ca"}),
-    "CPOTrainer": frozenset({"ca"}),
-    "ORPOTrainer": frozenset({"ca"}),
-    "RewardTrainer": frozenset({"ca"}),
-    "GRPOTrainer": frozenset({"rl"}),
-    "DistillationTrainer": frozenset({"rl"}),  # on its own samples
-    "RLOOTrainer": frozenset({"rl"}),
-}
-_GENERATING = frozenset(
-    {"GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "GKDTrainer", "SDFTTrainer", "DistillationTrainer"}
-)
-_PREFERRING = frozenset({"KTOTrainer", "CPOTrainer", "ORPOTrainer", "RewardTrainer"})
 
 
 class PrivateHooks:
@@ -124,27 +110,6 @@ def by_name(
         if any(p.kind is not p.VAR_POSITIONAL and p.kind is not p.VAR_KEYWORD for p in parameters):
             break
     raise BadInput(f"{trainer_class.__name__} takes fewer positional arguments than {len(args)}: name them")
-
-
-def stages_of(trainer_class: type) -> frozenset[str] | None:
-    """The stages a trainer serves, by the names in its MRO; None for one we do not know."""
-    for base in trainer_class.__mro__:
-        if base.__name__ in _STAGES:
-            return _STAGES[base.__name__]
-    return None
-
-
-def generates_inputs(trainer_class: type) -> bool:
-    """Whether the trainer samples its own completions, so that a batch cannot be run twice."""
-    return any(base.__name__ in _GENERATING for base in trainer_class.__mro__)
-
-
-def has_likelihood(trainer_class: type) -> bool:
-    """Whether rows become token ids with labels for a language model (of a pair: the prompt and its chosen answer).
-
-    Assumed of trainers we do not know.
-    """
-    return not any(base.__name__ in _GENERATING | _PREFERRING for base in trainer_class.__mro__)
 
 
 def continue_token_count(trainer: Any) -> None:
@@ -273,3 +238,11 @@ def gathers(model: nn.Module) -> bool:
 def sharded_by_accelerate(accelerator: Any) -> bool:
     """Whether accelerate shards the weights (FSDP2), and so keeps gradients back until the last micro-batch."""
     return bool(getattr(accelerator, "is_fsdp2", False))
+
+
+def sharding_of(params: Iterable[Any]) -> str | None:
+    """What shards the weights, or will once accelerate prepares them; None where every process has whole ones."""
+    kind = str(AcceleratorState().distributed_type).rpartition(".")[2] if is_initialized() else ""
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        return kind
+    return "DTensor" if any(isinstance(p, DTensor) for p in params) else None

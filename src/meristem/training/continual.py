@@ -29,7 +29,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from meristem.errors import BadInput, Clash, NonFiniteLoss
+from meristem.methods import clashes
 from meristem.methods.base import Context, Method, MethodState, Row, Step, trainable, unused
+from meristem.methods.trainers import kind_of
 from meristem.training import (
     _checkpoint,
     _hooks,
@@ -53,14 +55,14 @@ def continual(
 
     Its constructor takes all that ``trainer_cls`` takes, and by keyword ``task`` (name of the present task),
     ``method_state`` (what ``method_state()`` of the previous update gave, or the folder that
-    ``save_method_state`` wrote), ``history`` (earlier task -> raw rows), ``reference_model`` and ``progress`` (``(label, total) -> advance``). ``stage`` says which stage a
-    trainer serves that Meristem does not know; without it the stages of such a trainer are not checked.
-    Methods that cannot work together or with this trainer are refused by name (``Clash``). The objects given serve
+    ``save_method_state`` wrote), ``history`` (earlier task -> raw rows), ``reference_model`` and ``progress``
+    (``(label, total) -> advance``). ``stage`` says which stage a trainer serves that Meristem does not know; without
+    it the stages of such a trainer are not checked. Methods that cannot work together or with this trainer are refused by name (``Clash``). The objects given serve
     the first trainer that is made; each later one has its own in ``trainer.methods``, built from the same arguments,
     so that nothing but ``method_state`` goes from update to update. ``lean`` leaves out work that cannot change the
     trainer's losses (``_lean``), where it can; False keeps to the trainer's own path.
     """
-    _refusals.clashes(trainer_cls, methods, stage)
+    clashes.refuse(methods, trainer_cls.__name__, kind_of(trainer_cls), stage)
     attached = list(methods)
     told = {"__module__": trainer_cls.__module__, "__doc__": trainer_cls.__doc__}
     namespace = {"methods": attached, "lean": lean, **told}
@@ -137,6 +139,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
     def _attach(self) -> None:
         """The model exists, the optimizer does not: collator, callback, ``prepare_model``."""
         _refusals.gradients(self.methods, self)
+        _refusals.sharded(self.methods, self.parameters())
         _refusals.quantized(self.methods, self.parameters())
         _refusals.checkpoints(self, writes=str(self.args.save_strategy) not in ("no", "SaveStrategy.NO"))
         self.not_lean = _lean.report(self) if self.lean else []  # what it cannot leave out, and why
@@ -148,8 +151,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
         context.model = self.model
         context.batcher, context.loss_of = self._batches, self._likelihood
         with self._sharded():
-            # What replaces the architecture comes first: the others hold on to the weights that they find.
-            for method in sorted(self.methods, key=lambda m: not m.replaces_architecture):
+            for method in _hooks.replacing_first(self.methods):
                 method.prepare_model(self.model, _refusals.declared(method, context))
 
     def _keep_hidden(self, states: Tensor) -> None:
@@ -222,7 +224,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
         self._hidden = None
         if not self.interrupted:
             with self._sharded():
-                for method in self.methods:
+                for method in _hooks.served_last(self.methods):
                     method.finish(_refusals.declared(method, self.context))
         return result
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from meristem.config import Recipe
 from meristem.ecosystem.records import Asset
+from meristem.methods import clashes
+from meristem.methods.registry import available, load
 from meristem.store.canonical import canonical, parse
 from meristem.store.packs import Blob
 from meristem.store.store import Store
@@ -49,6 +53,28 @@ def decode(store: Store, asset: Asset) -> dict[str, MethodState]:
             store.packs.read(location), location.dtype or "", location.shape
         )
     return states
+
+
+def still_fitting(states: Mapping[str, MethodState], recipe: Recipe, adapter: bool) -> dict[str, MethodState]:
+    """Of the ``states`` of a version those that an update with ``recipe`` can go on with, or carry over.
+
+    Others describe weights that it does not train: it has a fresh adapter, because a method asks for one or the
+    version has none (``adapter``), or a method changes the adapter's shape. Such a method's own state stays.
+    """
+    methods = [load(method.name) for method in recipe.methods]
+    fresh = any(method.fresh_adapter for method in methods) or (recipe.weights == "lora" and not adapter)
+    reshaped = any(clashes.trains_other_weights(method) for method in methods)
+    own = {method.name for method in methods}
+    return {
+        name: state
+        for name, state in states.items()
+        if not (fresh or (reshaped and name not in own)) or not _of_weights(name)
+    }
+
+
+def _of_weights(name: str) -> bool:
+    """False too for a method that is no longer installed: what it remembers is kept."""
+    return name in available() and load(name).weight_state
 
 
 def _blob(tensor: torch.Tensor) -> Blob:

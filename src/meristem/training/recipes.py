@@ -17,16 +17,22 @@ from meristem.ecosystem.folders import ADAPTER_CONFIG, CONFIG, EXPERTS_CONFIG
 from meristem.ecosystem.records import Asset, Content
 from meristem.ecosystem.versions import VersionEntry
 from meristem.errors import BadInput, Clash
+from meristem.methods import clashes
 from meristem.methods.base import Method
-from meristem.methods.registry import load
+from meristem.methods.registry import build, load
+from meristem.methods.trainers import KNOWN, STAGES
 from meristem.store.store import Store
 
 
 def settled(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe:
     """``recipe`` with the LoRA and, on the infinite schedule, the phase that training from ``parent`` really has.
 
-    ``BadInput`` where the recipe says otherwise than the line that it continues.
+    ``BadInput`` where the recipe says otherwise than the line that it continues, or a method cannot be built;
+    ``Clash`` for methods that do not go together, or not with the stage.
     """
+    methods = [build(method.name, method.arguments) for method in recipe.methods]
+    trainer = STAGES[recipe.stage]
+    clashes.refuse(methods, trainer, KNOWN[trainer], recipe.stage)
     return _with_schedule(store, _with_lora(store, recipe, parent), parent)
 
 
@@ -136,7 +142,10 @@ def _with_lora(store: Store, recipe: Recipe, parent: VersionEntry) -> Recipe:
         line = _recipe_of(store, connection, parent)
     _refuse_other_kind(store, content, parent, methods)
     layers = _layer_count(store, base)
-    lineage = (line and line.lora) or _imported(*_shape(store, content), layers)
+    where, shape = _shape(store, content)
+    lineage = _imported(where, shape, layers)
+    if line and line.lora:  # as it was asked for; a method may have made the adapter larger since
+        lineage = line.lora.model_copy(update={"rank": lineage.rank, "alpha": lineage.alpha})
     if any(method.fresh_adapter for method in methods.values()):
         own = {field: getattr(asked, field) for field in asked.model_fields_set}
         return recipe.model_copy(update={"lora": lineage.model_copy(update=own)})

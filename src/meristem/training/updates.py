@@ -185,6 +185,7 @@ def train(
     with store.database.read() as connection:
         parent = versions.by_digest(connection, update.parent)
     here = checkouts.cached(store, parent.content)
+    state = method_states.still_fitting(state, recipe, adapter=here.base_folder is not None)
     with (
         Stopwatch(folder / "seconds.json") as watch,
         Interruption(stopping) as interruption,
@@ -209,7 +210,7 @@ def train(
                 f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
                 "a checkpoint is kept, the same command continues"
             )
-    states = {**(state or {}), **trainer.method_state()}
+    states = {**state, **trainer.method_state()}
     with quiet_libraries():
         weights = save(trainer, recipe, here, folder)
     return Trained(
@@ -237,7 +238,7 @@ def _inputs(store: Store, update: Update) -> tuple[Recipe, list[dict[str, Any]],
         for task, old in by_task(load_rows(store, _asset(store, digest).files)).items():
             if task not in learned:
                 history.setdefault(task, []).extend(old)
-    state = method_states.decode(store, _asset(store, update.method_state)) if update.method_state else None
+    state = method_states.decode(store, _asset(store, update.method_state)) if update.method_state else {}
     return recipe, rows, history, state
 
 

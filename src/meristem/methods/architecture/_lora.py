@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from meristem.errors import Clash
-from meristem.methods._weights import refuse_sharded
 from meristem.methods.base import Context, trainable
 
 
@@ -42,7 +41,6 @@ def plain_lora(method: str, model: Any) -> tuple[str, list[Any]]:
     for problem, present in problems.items():
         if present:
             raise Clash(f"{method} works on plain LoRA only, this model has {problem}")
-    refuse_sharded(method, trainable(model))
     return adapter, layers
 
 

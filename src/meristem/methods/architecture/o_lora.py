@@ -39,6 +39,7 @@ class OLoRA(Method):
     claims = ("less-forgetting",)
     stages = frozenset({"cpt", "cit"})
     replaces_architecture = True
+    weight_state = True
     weight_copies = 1
     grows = "one LoRA"
     sharded = False

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from meristem.errors import BadInput, Clash
-from meristem.methods._weights import refuse_sharded
 from meristem.methods.base import Context, Method, MethodState, Params, Row, trainable
 
 
@@ -45,6 +44,7 @@ class GPM(Method):
     claims = ("less-forgetting",)
     stages = frozenset({"cpt", "cit", "ca"})
     needs_before = True
+    weight_state = True
     old_data = "first"
     weight_copies = 1
     grows = "bases, up to the square of each layer's input width"
@@ -188,5 +188,4 @@ def _linear(model: nn.Module) -> dict[str, nn.Linear]:
     }
     if not found:
         raise Clash("gpm projects the weights of linear layers, and none is in training")
-    refuse_sharded("gpm", params)
     return found

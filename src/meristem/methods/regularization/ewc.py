@@ -39,6 +39,7 @@ class EWC(Method):
     claims = ("less-forgetting",)
     stages = frozenset({"cpt", "cit", "ca"})
     old_data = "first"
+    weight_state = True
     weight_copies = 2
     needs = frozenset({"likelihood"})
 

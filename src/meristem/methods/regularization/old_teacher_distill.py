@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div, log_softmax, mse_loss
 from torch.utils.checkpoint import checkpoint
 
 from meristem.errors import BadInput, Clash
-from meristem.methods._weights import check_fits, named, refuse_sharded, snapshot, swapped, taken
+from meristem.methods._weights import check_fits, named, snapshot, swapped, taken
 from meristem.methods.base import Context, Method, MethodState, Params, Step, trainable
 
 FORWARD = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
@@ -67,7 +67,6 @@ class OldTeacherDistill(Method):
 
     def prepare_model(self, model: nn.Module, ctx: Context) -> None:
         params = trainable(model)
-        refuse_sharded(self.name, params)
         if _head(model) is None:
             raise Clash(
                 f"method {self.name} compares next-token distributions, and this model has no language-model head"

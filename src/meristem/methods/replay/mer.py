@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from meristem.errors import BadInput
-from meristem.methods._weights import check_fits, interpolate, named, refuse_sharded, snapshot, taken
+from meristem.methods._weights import check_fits, interpolate, named, snapshot, taken
 from meristem.methods.base import Context, MethodState, Params, trainable
 from meristem.methods.replay.experience_replay import ExperienceReplay
 
@@ -61,9 +61,7 @@ class MER(ExperienceReplay):
         self._ended = False  # the update is over, and no window is carried to the next one
 
     def prepare_model(self, model: nn.Module, ctx: Context) -> None:
-        params = trainable(model)
-        refuse_sharded(self.name, params)
-        self._open(params)
+        self._open(trainable(model))
 
     def weights(self, params: Params, before: Mapping[str, Tensor] | None) -> None:
         self._ended = False
