@@ -140,7 +140,8 @@ def built(
         )
     model, tokenizer = trainable_model(recipe, *paths)
     arguments = cit.training_arguments(recipe, output)
-    arguments.gradient_checkpointing = orders["checkpointing"]
+    if orders["checkpointing"]:  # transformers reads the second, TRL the first
+        arguments.gradient_checkpointing = arguments.activation_checkpointing = True
     trainer = SFTTrainer(
         model=model,
         args=arguments,
