@@ -127,7 +127,12 @@ def test_old_inputs_give_what_they_gave(tmp_path):
     model.eval()
     before, start = model(input_ids=ids).logits.detach(), weights(model)
     other = [{**row, "input_ids": [i + 40 for i in row["input_ids"]]} for row in tokens(rows(4, "B"))]
-    plain(tmp_path, [method], other, model=model, task="B", max_steps=5, learning_rate=5e-2).train()
+    again = {"task": "B", "max_steps": 5, "learning_rate": 5e-2}
+    with pytest.raises(
+        BadInput, match=r"gpm remembers an earlier update .*: give method_state= of that update"
+    ):
+        plain(tmp_path, [method], other, model=model, **again)
+    plain(tmp_path, [method], other, model=model, method_state={"gpm": method.state_dict()}, **again).train()
     model.eval()
     moved = sum(
         float((value - start[name]).norm()) for name, value in weights(model).items() if "lora_A" in name

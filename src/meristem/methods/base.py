@@ -243,10 +243,20 @@ def trainable(model: Any) -> dict[str, nn.Parameter]:
     }
 
 
-def unused(method: Method) -> Method:
-    """``method`` for the first trainer that asks for it, else one built alike: a used one holds an update's state."""
+def unused(method: Method, told: bool) -> Method:
+    """``method`` for the first trainer that asks for it, else one built alike: a used one holds an update's state.
+
+    ``BadInput`` where nobody ``told`` whether that state is to be gone on with or not.
+    """
     if method._used:
-        method = type(method)(**method.arguments())
+        used, method = method, type(method)(**method.arguments())
+        left, fresh = used.state_dict(), method.state_dict()
+        if not told and (left["tensors"].keys(), left["json"]) != (fresh["tensors"].keys(), fresh["json"]):
+            kept = ", ".join([*left["tensors"], *left["json"]][:3])
+            raise BadInput(
+                f"method {used.label} remembers an earlier update ({kept}): give method_state= of that update to go on "
+                "from it, or method_state={} to begin anew"
+            )
     method._used = True
     return method
 

@@ -59,7 +59,7 @@ def continual(
     (``(label, total) -> advance``). ``stage`` says which stage a trainer serves that Meristem does not know; without
     it the stages of such a trainer are not checked. Methods that cannot work together or with this trainer are refused by name (``Clash``). The objects given serve
     the first trainer that is made; each later one has its own in ``trainer.methods``, built from the same arguments,
-    so that nothing but ``method_state`` goes from update to update. ``lean`` leaves out work that cannot change the
+    so that nothing but ``method_state`` goes from update to update (``{}``: begin anew). ``lean`` leaves out work that cannot change the
     trainer's losses (``_lean``), where it can; False keeps to the trainer's own path.
     """
     clashes.refuse(methods, trainer_cls.__name__, kind_of(trainer_cls), stage)
@@ -90,7 +90,7 @@ class ContinualTrainer(_upstream.PrivateHooks):
         progress: Callable[[str, int], Callable[[int], None]] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.methods = [unused(method) for method in self.methods]
+        self.methods = [unused(method, told=method_state is not None) for method in self.methods]
         given = _upstream.by_name(type(self), ContinualTrainer, args, kwargs)
         options = given.get("args")
         _refusals.packing(self.methods, options)
