@@ -55,11 +55,13 @@ def inputs_by_hand(model, data):
 
 
 def test_lora_is_projected_by_its_inputs_and_its_inner_activations(tmp_path):
-    model, method, expected = adapter().double(), GPM(threshold=0.9, positions=99), [None] * 4
+    model, expected, state = adapter().double(), [None] * 4, None
     for task in "AB":
         data = tokens(rows(5, task))
-        trainer = plain(tmp_path, [method], data, model=model, task=task)
+        method = GPM(threshold=0.9, positions=99)
+        trainer = plain(tmp_path, [method], data, model=model, task=task, method_state=state)
         method.finish(trainer.context)
+        state = trainer.method_state()
         taken = inputs_by_hand(model, data)
         expected = [by_svd(c, old, 0.9) for c, old in zip(taken, expected, strict=True)]
     for number, basis in enumerate(expected):

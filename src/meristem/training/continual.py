@@ -90,8 +90,8 @@ class ContinualTrainer(_upstream.PrivateHooks):
         progress: Callable[[str, int], Callable[[int], None]] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.methods = [unused(method, told=method_state is not None) for method in self.methods]
         given = _upstream.by_name(type(self), ContinualTrainer, args, kwargs)
+        self.methods = [unused(method, told=method_state is not None) for method in self.methods]
         options = given.get("args")
         _refusals.packing(self.methods, options)
         _refusals.best_model(self.methods, options)

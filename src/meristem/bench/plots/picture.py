@@ -69,6 +69,8 @@ def unit(group: Group) -> str:
 def looks(group: Group) -> dict[str, tuple[str, str]]:
     """Colour and marker of each method that follows an order."""
     ordered = [method.name for method in group.methods if method.ordered]
+    # Past the last colour the markers are shifted by one more each round, so that no pair comes twice.
     return {
-        name: (_COLOURS[at % len(_COLOURS)], _MARKERS[at % len(_MARKERS)]) for at, name in enumerate(ordered)
+        name: (_COLOURS[at % len(_COLOURS)], _MARKERS[(at + at // len(_COLOURS)) % len(_MARKERS)])
+        for at, name in enumerate(ordered)
     }
