@@ -5,7 +5,7 @@
     python benchmarks/method_settings.py DIR
 
 Of the specs of one method the one with the highest ACC over the stream is taken (mean over seeds), ties by BWT. That
-rule, like the list of specs, was fixed before the runs. Runs on test items are refused, and so are runs of one folder
+rule was fixed before the runs. Runs on test items are refused, and so are runs of one folder
 under different conditions. Several methods together (``a+b``) are left out: their settings are no method's own.
 """
 
