@@ -122,7 +122,7 @@ def test_an_adapter_grows_on_it_and_is_then_continued_as_one(ws):
 
 def test_what_cannot_be_is_refused_before_training(released, copy):
     ws = ms.Workspace.open(copy(released))
-    told = "support@v2 is of kind adapter: leave weights out to continue it, or merge it"
+    told = "support@v2 is of kind adapter: leave weights out to continue it, or `meristem model commit` its merge"
     with pytest.raises(BadInput, match=told):
         ws.update("support", data=["b"], recipe=FULL)
     with pytest.raises(BadInput, match="weights: full trains none; leave one of them out"):
