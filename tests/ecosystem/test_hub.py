@@ -30,6 +30,7 @@ def hub(monkeypatch, tmp_path):
     with hubs.running() as running:
         _ask(monkeypatch, running.endpoint)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # CI keeps everything else off the network
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
         yield running
@@ -292,4 +293,9 @@ def _python(
 
 
 def _environ(hub: hubs.Hub, tmp_path: Path) -> dict[str, str]:
-    return {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    own = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "0",
+    }
+    return {**os.environ, **own}
