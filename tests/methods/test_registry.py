@@ -66,6 +66,10 @@ def test_a_method_is_rebuilt_by_name_and_arguments():
         ("experience-replay:ratio=1", "ratio=1"),
         ("experience-replay:buffer=heap", "must be one of reservoir, task-balanced"),
         ("experience-replay:capacity=0", "capacity=0"),
+        ("joint:best", "'joint' has no best-known settings yet: give its arguments, or leave 'best' out"),
+        ("ewd:best", "did you mean 'ewc'"),
+        ("ewc:best=1", "has no argument 'best'"),
+        ("ewc:bets", "'bets' is not key=value"),
     ],
 )
 def test_wrong_names_arguments_and_values_are_one_line(text, says):

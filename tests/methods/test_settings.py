@@ -45,24 +45,6 @@ def test_best_is_taken_whole_or_but_one():
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        (
-            "joint:best",
-            "method 'joint' has no best-known settings yet: give its arguments, or leave 'best' out",
-        ),
-        ("ewd:best", "did you mean 'ewc'"),
-        ("ewc:best=1", "has no argument 'best'"),
-        ("ewc:bets", "'bets' is not key=value"),
-    ],
-)
-def test_wrong_words_are_refused_in_one_line(text, says):
-    with pytest.raises(BadInput) as caught:
-        parse(text)
-    assert says in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"schema": "meristem/method-settings/v2"}, "not a meristem/method-settings/v1 file"),
