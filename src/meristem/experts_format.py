@@ -4,6 +4,8 @@
 
     experts.json           schema, the method that made it, the router, the experts in the order they were learned
     experts.safetensors    experts.N.MODULE.lora_A.weight (r, d_in), ...lora_B.weight (d_out, r), vectors.N (width)
+                           with a shared expert: shared.MODULE.lora_A.weight and ...lora_B.weight, and of each expert its
+                           gates: static gates.N (modules, 2), by token gates.N.MODULE (2, d_in)
 
 No ``adapter_config.json`` lies in it: plain PEFT must fail instead of loading one expert as if it were the version.
 Read by the store, which knows no torch, and by the methods, which know no store.
@@ -22,6 +24,9 @@ from meristem.errors import BadInput
 
 CONFIG, WEIGHTS = "experts.json", "experts.safetensors"
 _PEFT = "base_model.model."
+
+
+GateKind = Literal["static", "token"]
 
 
 class _Closed(BaseModel):
@@ -52,19 +57,29 @@ class Document(_Closed):
     method: str
     router: RouterEntry
     experts: Annotated[list[ExpertEntry], Field(min_length=1)]
+    shared: ExpertEntry | None = None
+    gates: GateKind | None = None
 
     def body(self) -> bytes:
-        return (json.dumps(self.model_dump(by_alias=True), indent=1, ensure_ascii=False) + "\n").encode()
+        """What does not apply is left out, as it was before there was such a thing."""
+        absent = {name for name in ("shared", "gates") if getattr(self, name) is None}
+        fields = self.model_dump(by_alias=True, exclude=absent)
+        return (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode()
 
     def tensors(self) -> set[str]:
         """The names that ``experts.safetensors`` holds."""
-        factors = {
+        owners: dict[int | None, ExpertEntry] = dict(enumerate(self.experts))
+        if self.shared is not None:
+            owners[None] = self.shared
+        found = {
             factor_name(at, module, factor)
-            for at, expert in enumerate(self.experts)
+            for at, expert in owners.items()
             for module in expert.targets
             for factor in "AB"
         }
-        return factors | {vector_name(at) for at in range(len(self.experts))}
+        for at, expert in enumerate(self.experts):
+            found |= {vector_name(at), *gate_names(at, expert, self.gates)}
+        return found
 
 
 def parse(where: object, body: bytes, tensors: Iterable[str] | None = None) -> Document:
@@ -81,13 +96,28 @@ def parse(where: object, body: bytes, tensors: Iterable[str] | None = None) -> D
     tasks = [expert.task for expert in found.experts]
     if twice := next((task for task in tasks if tasks.count(task) > 1), None):
         raise BadInput(f"{where}: two experts of task {twice!r}; save the version again")
+    if (found.shared is None) != (found.gates is None):
+        raise BadInput(f"{where}: a shared expert and gates go together; save the version again")
+    if (shared := found.shared) is not None:
+        for expert in found.experts:
+            if (expert.rank, expert.targets) != (shared.rank, shared.targets):
+                raise BadInput(
+                    f"{where}: task {expert.task!r} and the shared expert differ in rank or layers"
+                )
     if tensors is not None and (odd := found.tensors() ^ set(tensors)):
         raise BadInput(f"{where}: tensor {sorted(odd)[0]} is only there or only in {WEIGHTS}; save it again")
     return found
 
 
-def factor_name(expert: int, module: str, factor: str) -> str:
-    return f"experts.{expert}.{module}.lora_{factor}.weight"
+def factor_name(expert: int | None, module: str, factor: str) -> str:
+    """Of the shared expert for None."""
+    return f"{'shared' if expert is None else f'experts.{expert}'}.{module}.lora_{factor}.weight"
+
+
+def gate_names(expert: int, entry: ExpertEntry, kind: GateKind | None) -> list[str]:
+    if kind is None:
+        return []
+    return [f"gates.{expert}"] if kind == "static" else [f"gates.{expert}.{m}" for m in entry.targets]
 
 
 def vector_name(expert: int) -> str:
@@ -107,14 +137,15 @@ def folder_names(document: Document, taken: Iterable[str] = ()) -> list[str]:
     return names
 
 
-def adapter_config(expert: ExpertEntry) -> dict[str, Any]:
-    """One expert as PEFT's ``adapter_config.json``; the base's place is left open."""
+def adapter_config(expert: ExpertEntry, shared: ExpertEntry | None = None) -> dict[str, Any]:
+    """One expert as PEFT's ``adapter_config.json``, with the ``shared`` one beside it; the base's place is left open."""
+    experts = 1 if shared is None else 2
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
-        "r": expert.rank,
-        "lora_alpha": expert.alpha,
+        "r": experts * expert.rank,
+        "lora_alpha": experts * expert.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": expert.targets,
@@ -125,7 +156,11 @@ def adapter_config(expert: ExpertEntry) -> dict[str, Any]:
 def adapter_tensors(document: Document, expert: int) -> dict[str, str]:
     """PEFT's name of each tensor of one expert, and its name in ``experts.safetensors``."""
     return {
-        f"{_PEFT}{module}.lora_{factor}.weight": factor_name(expert, module, factor)
+        peft_name(module, factor): factor_name(expert, module, factor)
         for module in document.experts[expert].targets
         for factor in "AB"
     }
+
+
+def peft_name(module: str, factor: str) -> str:
+    return f"{_PEFT}{module}.lora_{factor}.weight"

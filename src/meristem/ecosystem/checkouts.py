@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from meristem.ecosystem import folders, versions
+from meristem.ecosystem import expert_folders, folders, versions
 from meristem.ecosystem.folders import Progress
 from meristem.ecosystem.records import Content
 from meristem.ecosystem.versions import VersionEntry
@@ -70,7 +70,7 @@ def export(store: Store, version: VersionEntry, folder: Path, progress: Progress
         folders.checkout(store, content, temporary, base_folder=base, progress=progress)
         experts: list[str] = []
         if content.kind == "experts" and base is not None:
-            experts = folders.checkout_experts(store, content, temporary, base)
+            experts = expert_folders.checkout(store, content, temporary, base)
         if content.base:
             _add_tokenizer(temporary / "base", temporary)
         about = {

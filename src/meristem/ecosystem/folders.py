@@ -212,43 +212,20 @@ def checkout(
         for name, digest in content.files.items():
             body = store.read_blob(digest)
             if name == ADAPTER_CONFIG and base_folder is not None:
-                body = _with_base(body, base_folder)
+                body = with_base(body, base_folder)
             (folder / name).write_bytes(body)
-        _write_weights(store, content, folder / WEIGHTS[content.kind], progress)
+        write_weights(store, content, folder / WEIGHTS[content.kind], progress)
     except OSError as error:
         raise disk_failure(error, folder) from error
 
 
-def checkout_experts(store: Store, content: Content, folder: Path, base_folder: Path) -> list[str]:
-    """Write each expert of ``content`` as a PEFT folder of its own below ``folder``; returns their names."""
-    document = experts_format.parse(
-        EXPERTS_CONFIG, store.read_blob(content.files[EXPERTS_CONFIG]), content.tensors
-    )
-    names = experts_format.folder_names(
-        document, {"base", "meristem.json", *content.files, *WEIGHTS.values()}
-    )
-    for at, name in enumerate(names):
-        (folder / name).mkdir()
-        config = json.dumps(experts_format.adapter_config(document.experts[at]))
-        (folder / name / ADAPTER_CONFIG).write_bytes(_with_base(config.encode(), base_folder))
-        own = experts_format.adapter_tensors(document, at)
-        alone = Content(
-            kind="adapter",
-            base=content.base,
-            tensors={peft: content.tensors[ours] for peft, ours in own.items()},
-            files={},
-        )
-        _write_weights(store, alone, folder / name / WEIGHTS["adapter"], None)
-    return names
-
-
-def _with_base(body: bytes, base_folder: Path) -> bytes:
+def with_base(body: bytes, base_folder: Path) -> bytes:
     config = json.loads(body)
     config["base_model_name_or_path"] = str(base_folder)
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _write_weights(store: Store, content: Content, path: Path, progress: Progress | None) -> None:
+def write_weights(store: Store, content: Content, path: Path, progress: Progress | None) -> None:
     digests = set(content.tensors.values())
     store.placed(digests, lambda places: _write_from(store, places, content, path, progress))
 

@@ -160,11 +160,11 @@ def _load_adapter(folder: Path, base_folder: Path, dtype: torch.dtype) -> Any:
 def _load_experts(folder: Path, base_folder: Path, dtype: torch.dtype) -> Any:
     """The base with experts on it that every forward is routed to (``methods.architecture.experts``)."""
     from meristem.methods.architecture.experts import Experts
-    from meristem.methods.architecture.task_experts import experts_in
+    from meristem.methods.architecture.task_experts import experts_in, shared_in
 
     model = _load_plain(base_folder, dtype)
     document, state = _read_experts(folder)
-    Experts(model, document.router, experts_in(state))
+    Experts(model, document.router, experts_in(state), shared=shared_in(state))
     return model
 
 
@@ -181,8 +181,10 @@ def _read_experts(folder: Path) -> tuple[experts_format.Document, MethodState]:
         raise BadInput.at(path, None, f"cannot be read: {_first_line(error)}") from error
     place = folder / experts_format.CONFIG
     document = experts_format.parse(place, place.read_bytes(), tensors)
-    experts = [expert.model_dump() for expert in document.experts]
-    return document, {"tensors": tensors, "json": {"experts": experts}}
+    about: dict[str, Any] = {"experts": [expert.model_dump() for expert in document.experts]}
+    if document.shared is not None:
+        about["shared"] = document.shared.model_dump()
+    return document, {"tensors": tensors, "json": about}
 
 
 def _load_tokenizer(folder: Path, base_folder: str | Path | None) -> Any:

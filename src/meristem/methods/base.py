@@ -122,7 +122,10 @@ class Method:
         """PEFT is applied, model and tokenizer are ready, the optimizer does not exist yet."""
 
     def batch(self, inputs: Batch) -> AbstractContextManager[Any]:
-        """Entered around each forward on a labelled batch: the trainer's, evaluation's and that of ``ctx.loss``."""
+        """Entered around each forward on a labelled batch: the trainer's, evaluation's and that of ``ctx.loss``.
+
+        ``inputs["tasks"]``: the task of each row, empty where that is not known.
+        """
         return nullcontext()
 
     def loss(self, step: Step) -> Tensor | None:

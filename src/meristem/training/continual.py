@@ -306,13 +306,13 @@ class ContinualTrainer(_upstream.PrivateHooks):
         self._hidden = None
         given = dict(inputs) if isinstance(inputs, Mapping) else inputs
         lean = _lean.labelled_positions(self.args.device) if self.lean else nullcontext()
-        with seen(self.methods, given), lean:
+        with seen(self.methods, given, self._tags["task"]), lean:
             result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         adding = [m for m in self.methods if m.overrides("loss")]
         if not adding or not model.training or not torch.is_grad_enabled():
             return result
         counted = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
-        with seen(self.methods, given):
+        with seen(self.methods, given, self._tags["task"]):
             extra = self._extra_loss(adding, model, given)
         if _upstream.loss_is_scaled(self, counted):
             extra = extra / _upstream.accumulation_steps(self)

@@ -60,7 +60,7 @@ def stage_trainer(
         callbacks=job["callbacks"],
         task=task_name(job["rows"]),
         history=_of_this_stage(job["history"], shape),
-        method_state={**(job["method_state"] or {}), **_experts(methods, job["folder"])},
+        method_state=_with_experts(job["method_state"] or {}, methods, job["folder"]),
         progress=job.get("progress"),
     )
     trainer.remove_callback(PrinterCallback)  # our own progress replaces a line of JSON per step
@@ -82,12 +82,21 @@ def _of_this_stage(
     return found
 
 
-def _experts(methods: Sequence[Method], folder: Path) -> dict[str, MethodState]:
-    """The state of the method that goes on with a version of experts, out of the version itself."""
-    if not (folder / experts_format.CONFIG).is_file():
-        return {}
-    state = expert_state(folder)
-    return {method.label: state for method in methods if method.content == "experts"}
+def _with_experts(
+    states: Mapping[str, MethodState], methods: Sequence[Method], folder: Path
+) -> dict[str, MethodState]:
+    """``states``, and what a version of experts says itself in that of the method that goes on with it."""
+    found = dict(states)
+    if (folder / experts_format.CONFIG).is_file():
+        state = expert_state(folder)
+        for method in methods:
+            if method.content == "experts":
+                more = found.get(method.label, {"tensors": {}, "json": {}})
+                found[method.label] = {
+                    "tensors": {**more["tensors"], **state["tensors"]},
+                    "json": {**more["json"], **state["json"]},
+                }
+    return found
 
 
 def common_arguments(recipe: Recipe, output: Path) -> dict[str, Any]:

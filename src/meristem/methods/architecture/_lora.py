@@ -54,3 +54,11 @@ def fresh_rows(rank: int, width: int, draw: torch.Generator) -> torch.Tensor:
     rows = torch.empty(rank, width)
     nn.init.kaiming_uniform_(rows, a=5**0.5, generator=draw)
     return rows
+
+
+def grow(down: nn.Linear, up: nn.Linear, rank: int, draw: torch.Generator) -> None:
+    """``rank`` more rows of A (r, d_in), drawn, and columns of B (d_out, r), zero."""
+    fresh = fresh_rows(rank, down.in_features, draw)
+    down.weight = nn.Parameter(torch.cat([down.weight.detach(), fresh.to(down.weight)]))
+    up.weight = nn.Parameter(torch.cat([up.weight.detach(), up.weight.new_zeros(up.out_features, rank)], 1))
+    down.out_features = up.in_features = len(down.weight)

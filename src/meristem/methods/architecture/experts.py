@@ -6,13 +6,21 @@ For a row with prompt tokens p, expert vectors v_e (width) and a layer with inpu
     w = softmax(s / temperature)                     or w = one-hot of argmax s, zero where max s < unknown
     y = W x + sum_e w_e (alpha_e / r_e) B_e A_e x    A_e (r_e, d_in), B_e (d_out, r_e)
 
-The sum is one low-rank product: the A_e of a layer stand one below the other, the blocks of A x are scaled by w, and
+With a shared expert (A_0, B_0) beside them each expert has a gate [g_s, g_t] in every layer (``gates``), and
+
+    y = W x + g_0 (alpha / r) B_0 A_0 x + sum_e w_e g_t(e) (alpha / r) B_e A_e x
+    g_0 = sum_e w_e g_s(e) + (1 - sum_e w_e) mean_e g_s(e)
+
+so that a row of no known task is answered by the shared expert alone, with the weight that tasks give it on average.
+
+The sum is one low-rank product: the A_e of a layer stand one below the other, the blocks of A x are scaled, and
 only experts that some row of the batch gives weight to are in it. So a batch may mix tasks, and under ``top-1`` the
 cost does not depend on how many experts there are. f looks at no token that is to be predicted and at each row by
 itself: neither the batch nor its padding nor the answer decides the weights.
 
 :class:`Experts` hangs on a model by hooks. In training the newest expert is PEFT's adapter, which the optimizer, the
-checkpoints and gradient clipping know; its own forward adds it, and the hooks scale it and add the frozen ones.
+checkpoints and gradient clipping know; its own forward adds it, and the hooks scale it and add the frozen ones. A
+shared expert in training is the first rows of the same adapter.
 """
 
 from __future__ import annotations
@@ -24,75 +32,64 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear, normalize, one_hot
+from torch.nn.functional import one_hot
 from transformers.pytorch_utils import Conv1D
 
 from meristem.errors import BadInput, Clash
 from meristem.experts_format import ExpertEntry, RouterEntry
+from meristem.methods.architecture._layers import FrozenLayer, NewestLayer
+from meristem.methods.architecture.gates import Gates
+from meristem.methods.architecture.routing import (
+    Routing,
+    features,
+    or_all,
+    prompt_mask,
+    real_tokens,
+    weigh,
+)
 
 _PLACE = "_meristem_experts"
-VECTOR = "expert_vector"  # the parameter's name in the causal model, where the vector is trained
+VECTOR = "expert_vector"  # the parameters' names in the causal model, where they are trained
+GATES = "expert_gates"
 
 
 @dataclass(frozen=True)
 class Expert:
-    """A frozen LoRA. ``factors``: layer name -> A (rank, d_in), B (d_out, rank); ``vector`` (width)."""
+    """A frozen LoRA. ``factors``: layer name -> A (rank, d_in), B (d_out, rank); ``vector`` (width).
+
+    ``gates``: layer name -> what the weights of the shared expert and of this one come from (``gates``); None in a
+    set without a shared expert, and of the shared one itself, whose ``vector`` is empty.
+    """
 
     about: ExpertEntry
     factors: Mapping[str, tuple[Tensor, Tensor]]
     vector: Tensor
+    gates: Mapping[str, Tensor] | None = None
 
     @property
     def scale(self) -> float:
         return self.about.alpha / self.about.rank
 
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that it was trained on: several where an update had several data sets."""
+        return self.about.task.split("+")
+
 
 @dataclass
 class Newest:
-    """The expert in training: PEFT's ``adapter`` on ``layers``, and its vector (width), maybe a parameter."""
+    """The expert in training: PEFT's ``adapter`` on ``layers`` (by name), and its vector (width), maybe a parameter.
 
-    adapter: str
-    layers: list[Any]
-    vector: Tensor
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Weights (batch, experts) of one batch. ``active``: frozen experts that any row gives weight to.
-
-    ``newest`` (batch): weight of the expert in training; None where it is 1 for every row.
+    ``shared``: how many of the adapter's first rows are the shared expert, whose ``gates`` are then in training too.
+    ``observe`` is given each layer's place and codes A x (batch, length, rank).
     """
 
-    weights: Tensor
-    active: tuple[int, ...]
-    newest: Tensor | None = None
-
-
-def weigh(router: RouterEntry, features: Tensor, vectors: Tensor) -> Tensor:
-    """(batch, experts) from features (batch, width) and vectors (experts, width)."""
-    alike = normalize(features, dim=-1) @ normalize(vectors, dim=-1).T
-    if router.mode == "softmax":
-        return (alike / router.temperature).softmax(-1)
-    best, which = alike.max(-1)
-    weights = one_hot(which, len(vectors)).to(alike)
-    return weights if router.unknown is None else weights * (best >= router.unknown)[:, None]
-
-
-def features(model: Any, rows: Sequence[Tensor]) -> Tensor:
-    """(rows, width): the mean input embedding of each row's token ids, each row by itself."""
-    table = model.get_input_embeddings().weight
-    kind = torch.promote_types(table.dtype, torch.float32)
-    with torch.no_grad():
-        return torch.stack([embedding(ids.to(table.device), table).to(kind).mean(0) for ids in rows])
-
-
-def prompt_mask(batch: Mapping[str, Any]) -> Tensor | None:
-    """(batch, length), True on prompt tokens: labelled -100 and no padding; on all of a row where it has none."""
-    ids, labels = batch.get("input_ids"), batch.get("labels")
-    if ids is None or labels is None or labels.shape != ids.shape:
-        return None
-    real = _real(ids, batch.get("attention_mask"))
-    return _or_all(real & (labels == -100), real)
+    adapter: str
+    layers: Mapping[str, Any]
+    vector: Tensor
+    shared: int = 0
+    gates: Gates | None = None
+    observe: Callable[[int, Tensor], None] | None = None
 
 
 class Experts:
@@ -100,8 +97,10 @@ class Experts:
 
     Rows are routed by the prompt of the labelled batch named by :meth:`batch`, by what :meth:`fixed` gives, else by
     all tokens of a forward that starts without a cache; the weights stay while the cache grows. With the adapter
-    off, the model answers as before the present task: with the frozen experts, routed among themselves.
-    ``newest_alone``: in training mode every row goes to the expert in training.
+    off, the model answers as before the present task: with the frozen experts, routed among themselves, and the
+    ``shared`` expert as it was then. ``newest_alone``: in training mode every row goes to the expert in training,
+    but with a shared expert those that :meth:`batch` says are of an earlier task go to that one's. ``pin``: the place of
+    the expert that answers every row, whatever the router says (:meth:`place_of`).
 
     Gradient checkpointing runs layers again in the backward pass, by the routing that holds then: a teacher's forward
     in eval mode and one on a batch inside another (``batch``) leave that of the forward in training mode alone.
@@ -114,53 +113,71 @@ class Experts:
         frozen: Sequence[Expert],
         newest: Newest | None = None,
         newest_alone: bool = False,
+        shared: Expert | None = None,
     ) -> None:
         detach(model)
         self.model, self.router, self.newest, self.newest_alone = _causal(model), router, newest, newest_alone
-        self.frozen = list(frozen)
+        self.frozen, self.shared = list(frozen), shared
+        self.pin: int | None = None
         self.features: Tensor | None = None  # (batch, width) of the latest forward
+        self.mask: Tensor | None = (
+            None  # (batch, length) of the latest forward, True where there is no padding
+        )
         self._routings: dict[bool, Routing] = {}  # of the latest forward in training mode, and in eval mode
         self._reference: Routing | None = None
         self._prompt: Tensor | None = None
-        self._fixed = False
+        self._tasks: Sequence[str] = ()
+        self._fixed, self._batches = False, 0
         self._backbone = getattr(self.model, "base_model", self.model)
         self._hooks = [self._backbone.register_forward_pre_hook(self._on_forward, with_kwargs=True)]
         modules = dict(self.model.named_modules())
-        _refuse_misfits(self.model, modules, self.frozen)
-        for name in dict.fromkeys(name for expert in frozen for name in expert.factors):
-            layer = _Layer(name, {at: e for at, e in enumerate(frozen) if name in e.factors}, self)
+        everyone = [*self.frozen, *([shared] if shared is not None else [])]
+        _refuse_misfits(self.model, modules, everyone)
+        for name in dict.fromkeys(name for expert in everyone for name in expert.factors):
+            own = {at: e for at, e in enumerate(frozen) if name in e.factors}
+            layer = FrozenLayer(name, own, shared, self)
             self._hooks.append(modules[name].register_forward_hook(layer.add))
         if newest is not None:
-            for part in newest.layers:
-                self._hooks.append(part.lora_A[newest.adapter].register_forward_hook(self._scale_newest))
-            if isinstance(newest.vector, nn.Parameter):
-                self.model.register_parameter(VECTOR, newest.vector)
+            self._attach_newest(newest)
         setattr(self.model, _PLACE, self)
+
+    def _attach_newest(self, newest: Newest) -> None:
+        for at, (name, module) in enumerate(newest.layers.items()):
+            scaled = NewestLayer(at, name, newest, self.frozen, self)
+            self._hooks.append(module.lora_A[newest.adapter].register_forward_hook(scaled.scale))
+        if isinstance(newest.vector, nn.Parameter):
+            self.model.register_parameter(VECTOR, newest.vector)
+        if newest.gates is not None:
+            self.model.register_module(GATES, newest.gates)
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
         delattr(self.model, _PLACE)
-        if hasattr(self.model, VECTOR):
-            delattr(self.model, VECTOR)
+        for name in (VECTOR, GATES):
+            if hasattr(self.model, name):
+                delattr(self.model, name)
 
     @contextmanager
     def batch(self, inputs: Mapping[str, Any]) -> Iterator[None]:
         """Forwards inside are on this labelled batch; ``Clash`` for one that a backward pass would route wrongly."""
-        before, inner = (self._prompt, self.features, dict(self._routings)), self._prompt is not None
+        before = (self._prompt, self._tasks, self.features, dict(self._routings))
+        inner = self._batches > 0
         checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
         if inner and torch.is_grad_enabled() and checkpointing:
             raise Clash(
                 "a method's loss on a batch of its own, with experts and under gradient checkpointing, would be "
                 "computed again as if it were the trainer's batch: gradient_checkpointing=False"
             )
-        self._prompt = prompt_mask(inputs)
+        self._prompt, self._tasks = prompt_mask(inputs), inputs.get("tasks") or ()
+        self._batches += 1
         try:
             yield
         finally:
-            self._prompt = before[0]
+            self._batches -= 1
+            self._prompt, self._tasks = before[:2]
             if inner:
-                _, self.features, self._routings = before
+                self.features, self._routings = before[2:]
 
     @contextmanager
     def fixed(self, prompts: Sequence[Sequence[int]]) -> Iterator[None]:
@@ -173,16 +190,35 @@ class Experts:
             self._fixed = False
 
     @property
+    def in_trainers_forward(self) -> bool:
+        """Whether the forward under way is the trainer's own, in training: no method's inside it, no evaluation."""
+        return self._batches == 1 and bool(self._backbone.training)
+
+    def place_of(self, task: str) -> int:
+        """Of the frozen expert of ``task``; ``BadInput`` where there is none."""
+        for at, expert in enumerate(self.frozen):
+            if task in (expert.about.task, *expert.tasks):
+                return at
+        raise BadInput(
+            f"no expert of task {task!r}: there are {', '.join(e.about.task for e in self.frozen)}"
+        )
+
+    @property
     def routing(self) -> Routing | None:
         """Of the latest forward in the mode, training or not, that the model is in."""
         return self._routings.get(self._backbone.training)
 
-    def present(self) -> Routing:
-        """The routing of the forward under way."""
-        found = self._reference if self._off() else self.routing
-        if found is None:
+    def present(self) -> Routing | None:
+        """The routing of the forward under way; None where no expert has a part in it."""
+        if self._off():
+            return self._reference
+        if self.routing is None:
             raise Clash("an expert's layer ran outside its model: call the model, not a part of it")
-        return found
+        return self.routing
+
+    def shared_is_frozen(self) -> bool:
+        """Whether the shared expert is ``shared``, not the adapter in training."""
+        return self.newest is None or self._off()
 
     # ---- routing -------------------------------------------------------------------------------------------
 
@@ -193,90 +229,50 @@ class Experts:
             return
         if ids is None:
             raise Clash("experts are routed by token ids, and this forward has none: pass input_ids")
-        mask = self._prompt
+        mask, self.mask = self._prompt, real_tokens(ids, kwargs.get("attention_mask"))
         if mask is None or mask.shape != ids.shape:
-            real = _real(ids, kwargs.get("attention_mask"))
-            mask = _or_all(real, real)
+            mask = or_all(self.mask, self.mask)
         self._take([row[keep] for row, keep in zip(ids, mask, strict=True)], module.training)
 
     def _take(self, rows: Sequence[Tensor], training: bool) -> None:
+        off = self._off()
+        found = self._told(len(rows), training and not off) or self._measured(rows, off)
+        if off:
+            self._reference = found if self.frozen else None
+        else:
+            self._routings[self._backbone.training] = found
+
+    def _told(self, rows: int, training: bool) -> Routing | None:
+        """Where no router decides: a pinned expert, or in training the tasks that rows are told to be of."""
+        count, newest = len(self.frozen) + (self.newest is not None), len(self.frozen)
+        if self.pin is not None:
+            which = [self.pin] * rows
+        elif training and self.newest_alone:
+            which = [newest] * rows
+            if self.shared is not None and len(self._tasks) == rows:
+                of_task = {task: at for at, expert in enumerate(self.frozen) for task in expert.tasks}
+                which = [of_task.get(task, newest) for task in self._tasks]
+        else:
+            return None
+        device = self.model.get_input_embeddings().weight.device
+        active = tuple(sorted(set(which) - {newest}))
+        return Routing(one_hot(torch.tensor(which), count).float().to(device), active, set(which) == {newest})
+
+    def _measured(self, rows: Sequence[Tensor], off: bool) -> Routing:
         self.features = features(self.model, rows)
         vectors = [expert.vector.to(self.features) for expert in self.frozen]
-        if self._off():
-            self._reference = self._routed(vectors) if vectors else None
-            return
-        if self.newest is not None:
+        if self.newest is not None and not off:
             vectors.append(self.newest.vector.to(self.features))
-            if self.newest_alone and training:
-                weights = torch.zeros(len(rows), len(vectors)).to(self.features)
-                weights[:, -1] = 1
-                self._routings[self._backbone.training] = Routing(weights, ())
-                return
-        self._routings[self._backbone.training] = self._routed(vectors)
-
-    def _routed(self, vectors: list[Tensor]) -> Routing:
-        assert self.features is not None
-        weights = weigh(self.router, self.features, torch.stack(vectors))
-        count = len(self.frozen)
+        weights, count = self.features[:, :0], len(self.frozen)
+        if vectors:
+            weights = weigh(self.router, self.features, torch.stack(vectors))
         active = tuple(range(count))
         if self.router.mode == "top-1":
             active = tuple(weights[:, :count].detach().any(0).nonzero()[:, 0].tolist())
-        return Routing(weights, active, weights[:, count] if len(vectors) > count else None)
+        return Routing(weights, active)
 
     def _off(self) -> bool:
-        return self.newest is not None and bool(self.newest.layers[0].disable_adapters)
-
-    def _scale_newest(self, module: Any, inputs: Any, output: Tensor) -> Tensor:
-        weight = self.present().newest
-        if weight is None:
-            return output
-        return (output * _by_row(weight, output, "the adapter")).to(output.dtype)
-
-
-class _Layer:
-    """The frozen experts of one layer: A (R, d_in), B^T (R, d_out), and of each of the R rows its expert and scale."""
-
-    def __init__(self, name: str, experts: Mapping[int, Expert], whole: Experts) -> None:
-        self.name, self.whole = name, whole
-        self.at = tuple(experts)
-        factors = [(*expert.factors[name], expert.scale) for expert in experts.values()]
-        self.down = torch.cat([down for down, _, _ in factors])
-        self.up = torch.cat([up.T for _, up, _ in factors])
-        ranks = torch.tensor([len(down) for down, _, _ in factors])
-        self.owner = torch.tensor(self.at).repeat_interleave(ranks)
-        exact = torch.promote_types(self.down.dtype, torch.float32)
-        self.scale = torch.tensor([scale for *_, scale in factors], dtype=exact).repeat_interleave(ranks)
-        self._chosen: tuple[tuple[int, ...], tuple[Tensor, ...]] | None = None
-
-    def add(self, module: Any, inputs: Any, output: Tensor) -> Tensor:
-        routing = self.whole.present()
-        active = tuple(at for at in self.at if at in routing.active)
-        if not active:
-            return output
-        down, up, owner, scale = self._of(active, output.device)
-        weights = routing.weights[:, owner] * scale.to(routing.weights)
-        hidden = linear(inputs[0].to(down.dtype), down)
-        hidden = (hidden * _by_row(weights, hidden, self.name)).to(up.dtype)
-        return (output + hidden @ up).to(output.dtype)
-
-    def _of(self, active: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
-        """The rows of these experts; kept for the next batch, which often has the same."""
-        if self.down.device != device:
-            self.down, self.up, self.owner, self.scale = (
-                part.to(device) for part in (self.down, self.up, self.owner, self.scale)
-            )
-            self._chosen = None
-        parts = (self.down, self.up, self.owner, self.scale)
-        if active == self.at:
-            return parts
-        if self._chosen is None or self._chosen[0] != active:
-            rows = torch.isin(self.owner, torch.tensor(active, device=device)).nonzero()[:, 0]
-            if len(active) == 1:  # its rows stand together: nothing is copied
-                chosen = tuple(part[int(rows[0]) : int(rows[-1]) + 1] for part in parts)
-            else:
-                chosen = tuple(part[rows] for part in parts)
-            self._chosen = (active, chosen)
-        return self._chosen[1]
+        return self.newest is not None and bool(next(iter(self.newest.layers.values())).disable_adapters)
 
 
 def of(model: Any) -> Experts | None:
@@ -300,7 +296,7 @@ def _refuse_misfits(model: Any, modules: Mapping[str, Any], experts: Sequence[Ex
     width = model.get_input_embeddings().weight.shape[1]
     for expert in experts:
         about, odd = expert.about, ""
-        if expert.vector.shape != (width,):
+        if len(expert.vector) and expert.vector.shape != (width,):  # a shared expert has none
             odd = f"its vector is {tuple(expert.vector.shape)}, the input embeddings are {width} wide"
         for name, (down, up) in expert.factors.items():
             layer = modules.get(name)
@@ -328,26 +324,3 @@ def _widths(layer: Any) -> tuple[int, int] | None:
 
 def _causal(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _real(ids: Tensor, mask: Any) -> Tensor:
-    """(batch, length), True where there is no padding, as far as the mask says."""
-    if isinstance(mask, Tensor) and mask.shape == ids.shape:
-        return mask.bool()
-    return torch.ones_like(ids, dtype=torch.bool)
-
-
-def _or_all(mask: Tensor, real: Tensor) -> Tensor:
-    """``mask``, but of a row where it is empty all real tokens, or all there are."""
-    real = real | ~real.any(1, keepdim=True)
-    return mask | (real & ~mask.any(1, keepdim=True))
-
-
-def _by_row(weights: Tensor, value: Tensor, where: str) -> Tensor:
-    """(batch) or (batch, R) weights beside a value (batch, length, R)."""
-    if value.dim() != 3 or len(value) != len(weights):
-        raise Clash(
-            f"{where} sees {tuple(value.shape)} where rows of {len(weights)} prompts are routed: "
-            "train experts on layers that keep rows apart (not inside a mixture of experts)"
-        )
-    return weights[:, None, None] if weights.dim() == 1 else weights[:, None, :]

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from meristem.errors import BadInput
-from meristem.methods.architecture._lora import draw_of, fresh_rows, plain_lora
+from meristem.methods.architecture._lora import draw_of, grow, plain_lora
 from meristem.methods.base import Context, Method, MethodState, Params, trainable
 
 
@@ -79,7 +79,7 @@ class OLoRA(Method):
         draw = draw_of(ctx)
         for layer in layers:
             layer.r[adapter], layer.lora_alpha[adapter] = config.r, config.lora_alpha
-            _grow(layer.lora_A[adapter], layer.lora_B[adapter], self.new, draw)
+            grow(layer.lora_A[adapter], layer.lora_B[adapter], self.new, draw)
 
     def penalty(self, params: Params) -> Tensor:
         terms = [_overlap(p, self.frozen) for name, p in params.items() if ".lora_A." in name]
@@ -114,10 +114,3 @@ def _overlap(rows: Tensor, frozen: int) -> Tensor:
     """sum |A_old A_new^T| of one layer; the old rows get no gradient."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return (rows[:frozen].detach() @ rows[frozen:].T).abs().sum()
-
-
-def _grow(down: nn.Linear, up: nn.Linear, rank: int, draw: torch.Generator) -> None:
-    fresh = fresh_rows(rank, down.in_features, draw)
-    down.weight = nn.Parameter(torch.cat([down.weight.detach(), fresh.to(down.weight)]))
-    up.weight = nn.Parameter(torch.cat([up.weight.detach(), up.weight.new_zeros(up.out_features, rank)], 1))
-    down.out_features = up.in_features = len(down.weight)

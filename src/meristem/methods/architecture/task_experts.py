@@ -19,13 +19,18 @@ from meristem.experts_format import (
     WEIGHTS,
     Document,
     ExpertEntry,
+    GateKind,
     RouterEntry,
     factor_name,
+    gate_names,
     vector_name,
 )
 from meristem.methods.architecture._lora import draw_of, fresh_rows, plain_lora
-from meristem.methods.architecture.experts import Expert, Experts, Newest, detach, features, prompt_mask
+from meristem.methods.architecture.experts import Expert, Experts, Newest, detach
+from meristem.methods.architecture.routing import features, prompt_mask
 from meristem.methods.base import Batch, Context, Method, MethodState
+
+Training = tuple[Any, ExpertEntry, Newest]  # the model, and of the expert in training what is known of it
 
 
 class TaskExperts(Method):
@@ -47,6 +52,7 @@ class TaskExperts(Method):
     content = "experts"
     newest_alone = False
     learned = False
+    before: Expert | None = None  # the shared expert of earlier updates, where there is one
 
     def __init__(self, samples: int) -> None:
         if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
@@ -56,7 +62,7 @@ class TaskExperts(Method):
         self.new: Expert | None = None  # once it is learned
         self.vector: Tensor | None = None  # of the expert in training
         self.experts: Experts | None = None
-        self._training: tuple[Any, ExpertEntry, Newest] | None = None
+        self._training: Training | None = None
 
     @abstractmethod
     def router(self) -> RouterEntry: ...
@@ -65,7 +71,7 @@ class TaskExperts(Method):
 
     @torch.no_grad()
     def prepare_model(self, model: Any, ctx: Context) -> None:
-        known = {task for expert in self.old for task in expert.about.task.split("+")}
+        known = {task for expert in self.old for task in expert.tasks}
         if again := sorted(known & set(ctx.task.split("+"))):
             raise BadInput(
                 f"{self.name}: there is an expert of task {again[0]!r} already (of {', '.join(sorted(known))}), and it "
@@ -74,17 +80,12 @@ class TaskExperts(Method):
         detach(model)  # what the update before this one left on a model that is trained on
         adapter, layers = plain_lora(self.name, model)
         named = {n: m for n, m in model.get_base_model().named_modules() if any(m is each for each in layers)}
-        self._start(adapter, named, draw_of(ctx))
+        rank, alpha = int(layers[0].r[adapter]), layers[0].lora_alpha[adapter]
+        about = ExpertEntry(task=ctx.task, rank=rank, alpha=alpha, targets=list(named))
         self.vector = self._vector_of(ctx)
         if self.learned:
             self.vector = nn.Parameter(self.vector)
-        about = ExpertEntry(
-            task=ctx.task,
-            rank=int(layers[0].r[adapter]),
-            alpha=layers[0].lora_alpha[adapter],
-            targets=list(named),
-        )
-        self._training = model, about, Newest(adapter, list(named.values()), self.vector)
+        self._training = self._start(model, about, Newest(adapter, named, self.vector), draw_of(ctx))
         self._attach()
 
     def batch(self, inputs: Batch) -> AbstractContextManager[Any]:
@@ -95,10 +96,10 @@ class TaskExperts(Method):
         assert self._training is not None and self.vector is not None
         _, about, newest = self._training
         factors = {
-            name: (_kept(layer.lora_A[newest.adapter].weight), _kept(layer.lora_B[newest.adapter].weight))
-            for name, layer in zip(about.targets, newest.layers, strict=True)
+            name: (kept(layer.lora_A[newest.adapter].weight), kept(layer.lora_B[newest.adapter].weight))
+            for name, layer in newest.layers.items()
         }
-        self.new = Expert(about, factors, _kept(self.vector))
+        self.new = Expert(about, factors, kept(self.vector))
 
     # ---- state ---------------------------------------------------------------------------------------------
 
@@ -109,7 +110,7 @@ class TaskExperts(Method):
     def state_dict(self) -> MethodState:
         state = state_of(self.learned_experts)
         if self.new is None and self.vector is not None:
-            state["tensors"]["vector"] = _kept(self.vector)
+            state["tensors"]["vector"] = kept(self.vector)
         return state
 
     @torch.no_grad()
@@ -129,20 +130,26 @@ class TaskExperts(Method):
     def save(self, folder: Path) -> None:
         found = self.learned_experts
         folder.mkdir(parents=True, exist_ok=True)
-        document = Document(method=self.name, router=self.router(), experts=[e.about for e in found])
-        (folder / CONFIG).write_bytes(document.body())
-        save_file(state_of(found)["tensors"], folder / WEIGHTS)
+        (folder / CONFIG).write_bytes(self._document(found).body())
+        save_file(self._served(found)["tensors"], folder / WEIGHTS)
+
+    def _document(self, found: list[Expert]) -> Document:
+        return Document(method=self.name, router=self.router(), experts=[e.about for e in found])
+
+    def _served(self, found: list[Expert]) -> MethodState:
+        return state_of(found)
 
     # ---- parts ---------------------------------------------------------------------------------------------
 
     def _attach(self) -> None:
         assert self._training is not None
         model, _, newest = self._training
-        self.experts = Experts(model, self.router(), self.old, newest, self.newest_alone)
+        self.experts = Experts(model, self.router(), self.old, newest, self.newest_alone, self.before)
 
-    def _start(self, adapter: str, layers: dict[str, Any], draw: torch.Generator) -> None:
+    def _start(self, model: Any, about: ExpertEntry, newest: Newest, draw: torch.Generator) -> Training:
         """After the first task a LoRA drawn anew, the same whether the model comes fresh or from the last update."""
-        for name, layer in layers.items():
+        adapter = newest.adapter
+        for name, layer in newest.layers.items():
             down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             last = self.old[-1].factors.get(name) if self.old else None
             if up.any() and (last is None or not torch.equal(up.cpu(), last[1])):
@@ -153,6 +160,7 @@ class TaskExperts(Method):
             if self.old:
                 down.copy_(fresh_rows(len(down), down.shape[1], draw))
                 up.zero_()
+        return model, about, newest
 
     def _vector_of(self, ctx: Context) -> Tensor:
         """(width): the direction of the mean of the rows' unit features, whose mean cosine to them is the largest."""
@@ -167,17 +175,33 @@ class TaskExperts(Method):
         return normalize(torch.stack(units).mean(0), dim=0)
 
 
-def _kept(value: Tensor) -> Tensor:
+def kept(value: Tensor) -> Tensor:
     return value.detach().cpu().clone()
 
 
-def state_of(experts: Sequence[Expert]) -> MethodState:
+def state_of(experts: Sequence[Expert], shared: Expert | None = None) -> MethodState:
+    """What a version of experts holds: ``experts_format`` says the names."""
     tensors: dict[str, Tensor] = {}
-    for at, expert in enumerate(experts):
+    owners: list[tuple[int | None, Expert]] = list(enumerate(experts))
+    for at, expert in [*owners, *([(None, shared)] if shared is not None else [])]:
         for name, pair in expert.factors.items():
             tensors |= {factor_name(at, name, f): value.clone() for f, value in zip("AB", pair, strict=True)}
+    for at, expert in enumerate(experts):
         tensors[vector_name(at)] = expert.vector.clone()
-    return {"tensors": tensors, "json": {"experts": [expert.about.model_dump() for expert in experts]}}
+        if expert.gates is not None:
+            gates = [expert.gates[name] for name in expert.about.targets]
+            names = gate_names(at, expert.about, kind_of(expert))
+            tensors |= zip(names, [torch.stack(gates)] if len(names) < len(gates) else gates, strict=True)
+    json: dict[str, Any] = {"experts": [expert.about.model_dump() for expert in experts]}
+    if shared is not None:
+        json |= {"shared": shared.about.model_dump()}
+    return {"tensors": tensors, "json": json}
+
+
+def kind_of(expert: Expert) -> GateKind | None:
+    if expert.gates is None:
+        return None
+    return "static" if next(iter(expert.gates.values())).dim() == 1 else "token"
 
 
 def experts_in(state: MethodState) -> list[Expert]:
@@ -185,8 +209,23 @@ def experts_in(state: MethodState) -> list[Expert]:
     tensors, found = state["tensors"], []
     for at, fields in enumerate(state["json"]["experts"]):
         about = ExpertEntry.model_validate(fields)
-        factors = {
-            n: (tensors[factor_name(at, n, "A")], tensors[factor_name(at, n, "B")]) for n in about.targets
-        }
-        found.append(Expert(about, factors, tensors[vector_name(at)]))
+        gates = None
+        if (stacked := tensors.get(*gate_names(at, about, "static"))) is not None:
+            gates = dict(zip(about.targets, stacked, strict=True))
+        elif "shared" in state["json"]:
+            gates = {n: tensors[f"gates.{at}.{n}"] for n in about.targets}
+        found.append(Expert(about, _factors(state, at, about), tensors[vector_name(at)], gates))
     return found
+
+
+def shared_in(state: MethodState) -> Expert | None:
+    """The shared expert that ``state_of`` was given, if it was."""
+    if "shared" not in state["json"]:
+        return None
+    about = ExpertEntry.model_validate(state["json"]["shared"])
+    return Expert(about, _factors(state, None, about), torch.empty(0))
+
+
+def _factors(state: MethodState, at: int | None, about: ExpertEntry) -> dict[str, tuple[Tensor, Tensor]]:
+    tensors = state["tensors"]
+    return {n: (tensors[factor_name(at, n, "A")], tensors[factor_name(at, n, "B")]) for n in about.targets}
