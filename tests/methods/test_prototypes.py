@@ -90,7 +90,7 @@ def test_weights_of_both_modes():
 @pytest.mark.parametrize("mode", ["top-1", "softmax"])
 def test_unseen_prompts_have_no_weight_and_own_ones_have(mode):
     pooled = pool([summarise(draws(task, 60)) for task in (1, 2)], quantile=1.0)
-    own, unseen = draws(1, 120)[60:], draws(7, 60)
+    own, unseen = draws(1, 120)[60:], 3 * draws(7, 60)
     known = pooled.weigh(own, mode).sum(1)
     assert (known > 0.5).float().mean() > 0.9
     assert pooled.weigh(unseen, mode).any(1).float().mean() < 0.1
@@ -136,6 +136,7 @@ def test_a_row_is_weighed_by_itself_and_always_the_same():
     pooled, asked = pool([summarise(draws(task)) for task in (1, 2, 3)]), draws(2, 40)
     whole = pooled.weigh(asked, "softmax", temperature=20.0)
     assert torch.equal(whole, pooled.weigh(asked, "softmax", temperature=20.0))
+    assert torch.equal(whole, pooled.like(asked).weigh(asked, "softmax", temperature=20.0))
     rows = torch.cat([pooled.weigh(row[None], "softmax", temperature=20.0) for row in asked])
     torch.testing.assert_close(whole, rows)
 

@@ -1,9 +1,10 @@
 """Which task a prompt is of, or none that was learned: Mahalanobis distance to one prototype per task.
 
 With h_j the hidden state of prompt token j after the base's first ``depth`` blocks (adapters off), a prompt is one
-feature f = mean_j h_j / rms(h_j) (width), of which no token takes more than its share: a language model's first token
-may be 1000 times as long as the others. Task t keeps its mean mu_t and up to m residuals r = f - mu_t of its training prompts.
-All tasks share one covariance, the within-task one, shrunk to its diagonal:
+feature f = mean_j h_j / rms(h_j) (width): no token takes more than its share, where the plain mean is mostly the first
+token, which many language models make far longer than all others. Task t keeps the mean mu_t of its n_t training
+prompts, and of m_t <= n_t of them the residuals r = f - mu_t. All tasks share one covariance, the within-task one,
+shrunk to its diagonal:
 
     S = sum r r^T / N,  N = sum_t m_t (n_t - 1) / n_t        D = diag S        C = (1 - shrinkage) S + shrinkage D
     d_t(f)^2 = (f - mu_t)^T C^-1 (f - mu_t)
@@ -17,8 +18,8 @@ All tasks share one covariance, the within-task one, shrunk to its diagonal:
 A task's own tensors never change again: a task more changes C and the radii, which :func:`pool` makes anew from what
 is kept, and needs no prompt of an old task. Routing a batch costs (batch x width x (width + tasks)) products.
 
-Sources: distance of a softmax-free Gaussian classifier with tied covariance and its use against unseen input, Lee et
-al. 2018 (arXiv 1807.03888, eq. 2 and sec. 2.1); class means as prototypes, Snell et al. 2017 (arXiv 1703.05175); the
+Sources: the distance under a covariance that classes share, and its use against unseen input, Lee et al. 2018 (arXiv
+1807.03888, eq. 1 and 2); class means as prototypes, Snell et al. 2017 (arXiv 1703.05175); the
 shrunk covariance, Friedman 1989 (Regularized Discriminant Analysis), here to the diagonal, so that the unit of a
 dimension does not matter. docs/moe-cl.md has what depth, shrinkage and quantile were chosen on.
 """
@@ -26,7 +27,7 @@ dimension does not matter. docs/moe-cl.md has what depth, shrinkage and quantile
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -86,6 +87,11 @@ class Pooled:
     whiten: Tensor
     tasks: Tensor
     radii: Tensor
+
+    def like(self, features: Tensor) -> Pooled:
+        """On the device and in the dtype of ``features``: what a caller keeps, so that no batch moves it again."""
+        parts = {name: getattr(self, name).to(features) for name in ("centre", "whiten", "tasks", "radii")}
+        return replace(self, **parts)
 
     def distances(self, features: Tensor) -> Tensor:
         """d_t (batch, tasks) of features (batch, width)."""
