@@ -6,6 +6,7 @@
     experts.safetensors    experts.N.MODULE.lora_A.weight (r, d_in), ...lora_B.weight (d_out, r), vectors.N (width)
                            with a shared expert: shared.MODULE.lora_A.weight and ...lora_B.weight, and of each expert its
                            gates: static gates.N (modules, 2), by token gates.N.MODULE (2, d_in)
+                           routed by prototypes: residuals.N (prompts kept, width) beside the mean vectors.N
 
 No ``adapter_config.json`` lies in it: plain PEFT must fail instead of loading one expert as if it were the version.
 Read by the store, which knows no torch, and by the methods, which know no store.
@@ -18,7 +19,14 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from meristem.errors import BadInput
 
@@ -29,25 +37,47 @@ _PEFT = "base_model.model."
 GateKind = Literal["static", "token"]
 
 
+def _given(fields: dict[str, Any], *optional: str) -> dict[str, Any]:
+    """Without the ``optional`` ones that are None: documents stay as they were before there was such a field."""
+    return {name: value for name, value in fields.items() if value is not None or name not in optional}
+
+
 class _Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, populate_by_name=True)
 
 
 class RouterEntry(_Closed):
-    """``softmax`` of the similarities over ``temperature``, or ``top-1``: nothing where the best is below ``unknown``."""
+    """``softmax`` of the similarities over ``temperature``, or ``top-1``: nothing where the best is below ``unknown``.
+
+    With ``metric`` mahalanobis prompts are measured by hidden states after ``depth`` blocks of the base
+    (``methods.architecture.prototypes``), and a prompt is unknown outside the ``quantile`` of a task's own.
+    """
 
     mode: Literal["softmax", "top-1"]
     temperature: Annotated[float, Field(gt=0)] = 1.0
     unknown: float | None = None
+    metric: Literal["mahalanobis"] | None = None
+    depth: Annotated[int, Field(ge=0)] | None = None
+    shrinkage: Annotated[float, Field(gt=0, le=1)] | None = None
+    quantile: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _given(handler(self), "metric", "depth", "shrinkage", "quantile")
 
 
 class ExpertEntry(_Closed):
-    """One LoRA. ``targets``: full names of the linear layers that it changes."""
+    """One LoRA. ``targets``: full names of the linear layers that it changes; ``prompts``: how many its prototype is of."""
 
     task: Annotated[str, Field(min_length=1)]
     rank: Annotated[int, Field(ge=1)]
     alpha: Annotated[int | float, Field(gt=0)]
     targets: Annotated[list[str], Field(min_length=1)]
+    prompts: Annotated[int, Field(ge=1)] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _given(handler(self), "prompts")
 
 
 class Document(_Closed):
@@ -61,9 +91,7 @@ class Document(_Closed):
     gates: GateKind | None = None
 
     def body(self) -> bytes:
-        """What does not apply is left out, as it was before there was such a thing."""
-        absent = {name for name in ("shared", "gates") if getattr(self, name) is None}
-        fields = self.model_dump(by_alias=True, exclude=absent)
+        fields = _given(self.model_dump(by_alias=True), "shared", "gates")
         return (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode()
 
     def tensors(self) -> set[str]:
@@ -79,6 +107,8 @@ class Document(_Closed):
         }
         for at, expert in enumerate(self.experts):
             found |= {vector_name(at), *gate_names(at, expert, self.gates)}
+            if self.router.metric == "mahalanobis":
+                found.add(residuals_name(at))
         return found
 
 
@@ -122,6 +152,10 @@ def gate_names(expert: int, entry: ExpertEntry, kind: GateKind | None) -> list[s
 
 def vector_name(expert: int) -> str:
     return f"vectors.{expert}"
+
+
+def residuals_name(expert: int) -> str:
+    return f"residuals.{expert}"
 
 
 def folder_names(document: Document, taken: Iterable[str] = ()) -> list[str]:

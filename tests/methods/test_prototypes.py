@@ -11,7 +11,6 @@ from tests.tiny import new_model, tiny_config
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from meristem.errors import BadInput, Clash
-from meristem.methods.architecture.experts import features
 from meristem.methods.architecture.prototypes import (
     Prototype,
     decoder_blocks,
@@ -20,6 +19,7 @@ from meristem.methods.architecture.prototypes import (
     summarise,
     weigh,
 )
+from meristem.methods.architecture.routing import features
 
 WIDTH, LAMBDA, QUANTILE = 12, 0.4, 0.9
 

@@ -39,6 +39,7 @@ from meristem.errors import BadInput, Clash
 from meristem.experts_format import ExpertEntry, RouterEntry
 from meristem.methods.architecture._layers import FrozenLayer, NewestLayer
 from meristem.methods.architecture.gates import Gates
+from meristem.methods.architecture.prototypes import SHRINKAGE, Pooled, Prototype, hidden_features, pool
 from meristem.methods.architecture.routing import (
     Routing,
     features,
@@ -65,6 +66,17 @@ class Expert:
     factors: Mapping[str, tuple[Tensor, Tensor]]
     vector: Tensor
     gates: Mapping[str, Tensor] | None = None
+    residuals: Tensor | None = None
+
+    @property
+    def prototype(self) -> Prototype:
+        """Where the router measures by prototypes: ``vector`` is its mean, ``residuals`` (m, width) its prompts'."""
+        if self.residuals is None or self.about.prompts is None:
+            raise BadInput(
+                f"the expert of task {self.about.task!r} has no prototype, so no prompt can be told to be its task's: "
+                "train the task again, or take the method state that its update left"
+            )
+        return Prototype(self.vector, self.residuals, self.about.prompts)
 
     @property
     def scale(self) -> float:
@@ -89,6 +101,7 @@ class Newest:
     vector: Tensor
     shared: int = 0
     gates: Gates | None = None
+    prototype: Prototype | None = None
     observe: Callable[[int, Tensor], None] | None = None
 
 
@@ -127,7 +140,8 @@ class Experts:
         self._reference: Routing | None = None
         self._prompt: Tensor | None = None
         self._tasks: Sequence[str] = ()
-        self._fixed, self._batches = False, 0
+        self._fixed, self._batches, self._quiet = False, 0, False
+        self._pooled: dict[bool, Pooled] = {}  # with the newest expert, and without
         self._backbone = getattr(self.model, "base_model", self.model)
         self._hooks = [self._backbone.register_forward_pre_hook(self._on_forward, with_kwargs=True)]
         modules = dict(self.model.named_modules())
@@ -210,6 +224,8 @@ class Experts:
 
     def present(self) -> Routing | None:
         """The routing of the forward under way; None where no expert has a part in it."""
+        if self._quiet:
+            return None
         if self._off():
             return self._reference
         if self.routing is None:
@@ -225,7 +241,11 @@ class Experts:
     def _on_forward(self, module: Any, args: Any, kwargs: Any) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         cache = kwargs.get("past_key_values")
-        if self._fixed or (cache is not None and cache.get_seq_length() > 0 and self.routing is not None):
+        if (
+            self._quiet
+            or self._fixed
+            or (cache is not None and cache.get_seq_length() > 0 and self.routing is not None)
+        ):
             return
         if ids is None:
             raise Clash("experts are routed by token ids, and this forward has none: pass input_ids")
@@ -259,17 +279,42 @@ class Experts:
         return Routing(one_hot(torch.tensor(which), count).float().to(device), active, set(which) == {newest})
 
     def _measured(self, rows: Sequence[Tensor], off: bool) -> Routing:
-        self.features = features(self.model, rows)
-        vectors = [expert.vector.to(self.features) for expert in self.frozen]
-        if self.newest is not None and not off:
-            vectors.append(self.newest.vector.to(self.features))
-        weights, count = self.features[:, :0], len(self.frozen)
-        if vectors:
+        self.features = self.base_features(rows)
+        newest, count = (None if off else self.newest), len(self.frozen)
+        if not count and newest is None:
+            weights = self.features[:, :0]
+        elif self.router.metric == "mahalanobis":
+            weights = self._near_prototypes(self.features, newest)
+        else:
+            vectors = [expert.vector.to(self.features) for expert in self.frozen]
+            if newest is not None:
+                vectors.append(newest.vector.to(self.features))
             weights = weigh(self.router, self.features, torch.stack(vectors))
         active = tuple(range(count))
         if self.router.mode == "top-1":
             active = tuple(weights[:, :count].detach().any(0).nonzero()[:, 0].tolist())
         return Routing(weights, active)
+
+    def base_features(self, rows: Sequence[Tensor]) -> Tensor:
+        """(rows, width): what the router measures rows of token ids by, without any expert."""
+        if not self.router.depth:
+            return features(self.model, rows)
+        before, self._quiet = self._quiet, True
+        try:
+            return hidden_features(self.model, rows, self.router.depth)
+        finally:
+            self._quiet = before
+
+    def _near_prototypes(self, found: Tensor, newest: Newest | None) -> Tensor:
+        router = self.router
+        pooled = self._pooled.get(newest is not None)
+        if pooled is None:
+            known = [expert.prototype for expert in self.frozen]
+            if newest is not None and newest.prototype is not None:
+                known.append(newest.prototype)
+            pooled = pool(known, router.shrinkage or SHRINKAGE, router.quantile or 1.0).like(found)
+            self._pooled[newest is not None] = pooled
+        return pooled.weigh(found, router.mode, router.temperature, unknown=router.quantile is not None)
 
     def _off(self) -> bool:
         return self.newest is not None and bool(next(iter(self.newest.layers.values())).disable_adapters)

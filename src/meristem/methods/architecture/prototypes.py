@@ -36,7 +36,7 @@ from torch.nn.functional import one_hot
 from torch.nn.utils.rnn import pad_sequence
 
 from meristem.errors import BadInput, Clash
-from meristem.methods.architecture.experts import features
+from meristem.methods.architecture.routing import features
 
 KEPT = 64  # residuals per task
 SHRINKAGE = 0.5
@@ -196,9 +196,14 @@ def hidden_features(model: Any, rows: Sequence[Tensor], depth: int, batch_size: 
     return torch.stack([found[at] for at in range(len(rows))])
 
 
+def blocks_of(model: Any) -> int:
+    """How deep prompts can be routed."""
+    return int(model.config.get_text_config().num_hidden_layers)
+
+
 def decoder_blocks(model: Any) -> nn.ModuleList:
     """The blocks of a causal model: the outermost list of as many modules as its config counts layers."""
-    count = model.config.get_text_config().num_hidden_layers
+    count = blocks_of(model)
     for part in model.modules():
         if isinstance(part, nn.ModuleList) and len(part) == count:
             return part

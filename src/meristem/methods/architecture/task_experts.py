@@ -23,6 +23,7 @@ from meristem.experts_format import (
     RouterEntry,
     factor_name,
     gate_names,
+    residuals_name,
     vector_name,
 )
 from meristem.methods.architecture._lora import draw_of, fresh_rows, plain_lora
@@ -164,15 +165,20 @@ class TaskExperts(Method):
 
     def _vector_of(self, ctx: Context) -> Tensor:
         """(width): the direction of the mean of the rows' unit features, whose mean cosine to them is the largest."""
-        units: list[Tensor] = []
+        return normalize(
+            normalize(features(ctx.model.get_base_model(), self._prompts(ctx)), dim=-1).mean(0), dim=0
+        )
+
+    def _prompts(self, ctx: Context) -> list[Tensor]:
+        """Token ids of the prompts of ``samples`` rows of the task."""
+        found: list[Tensor] = []
         for batch in ctx.batches(batch_size=8, limit=self.samples):
             mask = prompt_mask(batch)
             assert mask is not None
-            rows: Sequence[Tensor] = [ids[keep] for ids, keep in zip(batch["input_ids"], mask, strict=True)]
-            units += normalize(features(ctx.model.get_base_model(), rows), dim=-1)
-        if not units:
+            found += [ids[keep] for ids, keep in zip(batch["input_ids"], mask, strict=True)]
+        if not found:
             raise BadInput(f"{self.name}: no row has completion tokens to learn from; raise max_length")
-        return normalize(torch.stack(units).mean(0), dim=0)
+        return found
 
 
 def kept(value: Tensor) -> Tensor:
@@ -188,6 +194,8 @@ def state_of(experts: Sequence[Expert], shared: Expert | None = None) -> MethodS
             tensors |= {factor_name(at, name, f): value.clone() for f, value in zip("AB", pair, strict=True)}
     for at, expert in enumerate(experts):
         tensors[vector_name(at)] = expert.vector.clone()
+        if expert.residuals is not None:
+            tensors[residuals_name(at)] = expert.residuals.clone()
         if expert.gates is not None:
             gates = [expert.gates[name] for name in expert.about.targets]
             names = gate_names(at, expert.about, kind_of(expert))
@@ -214,7 +222,12 @@ def experts_in(state: MethodState) -> list[Expert]:
             gates = dict(zip(about.targets, stacked, strict=True))
         elif "shared" in state["json"]:
             gates = {n: tensors[f"gates.{at}.{n}"] for n in about.targets}
-        found.append(Expert(about, _factors(state, at, about), tensors[vector_name(at)], gates))
+        if (vector := tensors.get(vector_name(at))) is None:
+            raise BadInput(
+                f"no prototype of task {about.task!r} came with its expert: give the method_state as it was saved"
+            )
+        residuals = tensors.get(residuals_name(at))
+        found.append(Expert(about, _factors(state, at, about), vector, gates, residuals))
     return found
 
 

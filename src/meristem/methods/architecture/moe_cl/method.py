@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from meristem.methods.architecture.experts import Expert, Newest
 from meristem.methods.architecture.gates import Gates, Kind
 from meristem.methods.architecture.moe_cl.adversary import Adversary
 from meristem.methods.architecture.moe_cl.codes import Anchor, CodeStatistics, Gatherer, row_means
+from meristem.methods.architecture.prototypes import QUANTILE, SHRINKAGE, blocks_of, summarise
 from meristem.methods.architecture.task_experts import (
     TaskExperts,
     Training,
@@ -58,6 +59,8 @@ class MoECL(TaskExperts):
 
     ``gate``: ``static``; ``token`` (softmax(V x), V (2, d_in) per task and layer: no exact LoRA); for ablations
     ``shared-only`` and ``task-only``. ``gate_rate``: how far an optimizer's step moves static gates (``gates.Gates``).
+    ``routing``, ``temperature``, ``depth``, ``unknown``: of the router (``prototypes``): one expert or a blend, by hidden
+    states after ``depth`` blocks (all of a smaller model); outside that quantile of a task's own prompts a prompt is of no known task (None: never).
     ``statistics``: rows that a task's code statistics are taken from; ``samples``: that its prototype is.
 
     Source: Kang et al. 2025 (arXiv 2509.18133), from the equations. Claims: less forgetting. Stages: cpt, cit. State: for
@@ -79,12 +82,22 @@ class MoECL(TaskExperts):
         discriminator_steps: int = 1,
         gate_rate: float = 100.0,
         statistics: int = 64,
-        unknown: float | None = None,
+        routing: Literal["top-1", "softmax"] = "top-1",
+        temperature: float = 1.0,
+        depth: int = 4,
+        unknown: float | None = QUANTILE,
         samples: int = 512,
     ) -> None:
         if gate not in ("static", "token", "shared-only", "task-only"):
             raise BadInput(f"moe-cl: gate={gate!r} must be static, token, shared-only or task-only")
+        if routing not in ("top-1", "softmax"):
+            raise BadInput(f"moe-cl: routing={routing!r} must be top-1 or softmax")
+        if unknown is not None and (not isinstance(unknown, int | float) or not 0 < unknown <= 1):
+            raise BadInput(
+                f"moe-cl: unknown={unknown!r} must be a share of a task's prompts, above 0, or none"
+            )
         numbers = {
+            "temperature": (temperature, 1e-9),
             "adversary": (adversary, 0.0),
             "protect": (protect, 0.0),
             "discriminator_rate": (discriminator_rate, 1e-9),
@@ -93,12 +106,18 @@ class MoECL(TaskExperts):
         for name, (value, least) in numbers.items():
             if not isinstance(value, int | float) or not least <= value < float("inf"):
                 raise BadInput(f"moe-cl: {name}={value!r} must be a finite number, {least:g} or more")
-        for name, count in {"discriminator_steps": discriminator_steps, "statistics": statistics}.items():
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise BadInput(f"moe-cl: {name}={count!r} must be a whole number, 1 or more")
+        counts = {
+            "discriminator_steps": (discriminator_steps, 1),
+            "statistics": (statistics, 1),
+            "depth": (depth, 0),
+        }
+        for name, (count, fewest) in counts.items():
+            if not isinstance(count, int) or isinstance(count, bool) or count < fewest:
+                raise BadInput(f"moe-cl: {name}={count!r} must be a whole number, {fewest} or more")
         super().__init__(samples)
         self.gate, self.weight, self.protect = gate, float(adversary), float(protect)
-        self.freeze_shared_input, self.unknown = bool(freeze_shared_input), unknown
+        self.freeze_shared_input = bool(freeze_shared_input)
+        self.routing, self.temperature, self.depth, self.unknown = routing, float(temperature), depth, unknown
         self.rate, self.steps, self.gate_rate = (
             float(discriminator_rate),
             discriminator_steps,
@@ -115,7 +134,14 @@ class MoECL(TaskExperts):
         self._codes: dict[int, Tensor] = {}  # layer's place -> (rows, r) of the batch under way
 
     def router(self) -> RouterEntry:
-        return RouterEntry(mode="top-1", unknown=self.unknown)
+        return RouterEntry(
+            mode=self.routing,
+            temperature=self.temperature,
+            metric="mahalanobis",
+            depth=self.depth,
+            shrinkage=SHRINKAGE,
+            quantile=self.unknown,
+        )
 
     # ---- hooks ---------------------------------------------------------------------------------------------
 
@@ -127,8 +153,12 @@ class MoECL(TaskExperts):
                 f"moe-cl: the experts of {', '.join(e.about.task for e in self.old)} were trained on another base "
                 f"({self.base[:19]}, this one is {digest[:19]}): use that base, or begin anew"
             )
+        self.depth = min(self.depth, blocks_of(model))
         super().prepare_model(model, ctx)
+        assert self._training is not None and self.experts is not None
         self.base = digest
+        prototype = summarise(self.experts.base_features(self._prompts(ctx)))
+        self._training[2].prototype, self.vector = prototype, prototype.mean
         if self.before is not None:
             self._oppose(ctx)
 
@@ -172,8 +202,11 @@ class MoECL(TaskExperts):
         rank = about.rank
         own = {name: (kept(down[rank:]), kept(up[:, rank:])) for name, (down, up) in pairs.items()}
         common = {name: (kept(down[:rank]), kept(up[:, :rank])) for name, (down, up) in pairs.items()}
-        self.new = Expert(about, own, kept(self.vector), newest.gates.kept())
+        prototype = newest.prototype
+        assert prototype is not None
         self.after = Expert(about.model_copy(update={"task": SHARED}), common, torch.empty(0))
+        about = about.model_copy(update={"prompts": prototype.n})
+        self.new = Expert(about, own, prototype.mean, newest.gates.kept(), prototype.residuals)
         self.statistics = [*self.statistics[: len(self.old)], self._measured(ctx)]
 
     # ---- state ---------------------------------------------------------------------------------------------
@@ -255,6 +288,11 @@ class MoECL(TaskExperts):
         widths = {name: layer.lora_A[adapter].in_features for name, layer in layers.items()}
         gates = Gates(self.gate, widths, self.gate_rate, exact).to(some.device)
         return model, about, replace(newest, shared=about.rank, gates=gates, observe=self._observe)
+
+    def _vector_of(self, ctx: Context) -> Tensor:
+        return torch.empty(
+            0
+        )  # a prototype of hidden states takes its place, once those can be had without experts
 
     def _shape(self, about: ExpertEntry, newest: Newest) -> ExpertEntry:
         """That of one expert: the adapter's, or half of one that the update before this left on the model."""
