@@ -137,8 +137,9 @@ def pool(prototypes: Sequence[Prototype], shrinkage: float = SHRINKAGE, quantile
     least = (_ROUNDING * means.abs().amax(0)).square()
     scale = torch.where(variance + least > 0, torch.maximum(variance, least), 1.0).rsqrt()
     shared = (every * scale).T @ (every * scale) / freedom
-    values, vectors = torch.linalg.eigh(shared)
-    whiten = scale[:, None] * vectors * ((1 - shrinkage) * values.clamp_min(0) + shrinkage).rsqrt()
+    unit = torch.eye(len(scale), dtype=scale.dtype)
+    lower = torch.linalg.cholesky((1 - shrinkage) * shared + shrinkage * unit)
+    whiten = scale[:, None] * torch.linalg.solve_triangular(lower, unit, upper=False).T
     radii = torch.stack(
         [
             _radius(own @ whiten, each.n, (1 - shrinkage) / freedom, quantile)
@@ -166,9 +167,10 @@ def weigh(
 def hidden_features(model: Any, rows: Sequence[Tensor], depth: int, batch_size: int = 16) -> Tensor:
     """(rows, width), float32 or the model's own if finer: each row's f after ``depth`` blocks, from its token ids.
 
-    ``depth`` 0: the plain mean of the input embeddings. Only the embedding and those blocks are run, in batches of rows of like
-    length, without dropout and gradients. Adapters and what hangs on the model by hooks act as in any forward: switch
-    them off for the base's own features. Raises ``BadInput`` for an empty row and for a depth that the model lacks.
+    ``depth`` 0: the plain mean of the input embeddings. Only the embedding and those blocks are run, in batches of
+    rows of like length, without dropout and gradients. Adapters and what hangs on the model by hooks act as in any
+    forward: switch them off for the base's own features. Raises ``BadInput`` for an empty row and for a depth that the
+    model lacks, ``Clash`` for a model whose blocks cannot be found.
     """
     if any(not len(row) for row in rows):
         raise BadInput("a prompt without tokens cannot be routed")
