@@ -18,7 +18,7 @@ from meristem.methods.architecture.experts import Expert, Newest
 from meristem.methods.architecture.gates import Gates, Kind
 from meristem.methods.architecture.moe_cl.adversary import Adversary
 from meristem.methods.architecture.moe_cl.codes import Anchor, CodeStatistics, Gatherer, row_means
-from meristem.methods.architecture.prototypes import QUANTILE, SHRINKAGE, blocks_of, summarise
+from meristem.methods.architecture.prototypes import SHRINKAGE, Prototype, blocks_of, pool, summarise
 from meristem.methods.architecture.task_experts import (
     TaskExperts,
     Training,
@@ -57,6 +57,8 @@ class MoECL(TaskExperts):
     ``discriminator_steps``) and reaches nothing but the shared expert of the same layer; the shared expert is protected
     (``protect``); answers are generated, not classified by heads.
 
+    ``start``: of a new expert, the one whose task is nearest by the router's measure (or ``previous``), gates too, so that
+    training goes on from what that task's rows are answered by, while its own expert stays; ``fresh`` as in the paper.
     ``gate``: ``static``; ``token`` (softmax(V x), V (2, d_in) per task and layer: no exact LoRA); for ablations
     ``shared-only`` and ``task-only``. ``gate_rate``: how far an optimizer's step moves static gates (``gates.Gates``).
     ``routing``, ``temperature``, ``depth``, ``unknown``: of the router (``prototypes``): one expert or a blend, by hidden
@@ -78,18 +80,21 @@ class MoECL(TaskExperts):
         adversary: float = 0.1,
         protect: float = 10.0,
         freeze_shared_input: bool = True,
+        start: Literal["fresh", "previous", "nearest"] = "nearest",
         discriminator_rate: float = 0.01,
         discriminator_steps: int = 1,
         gate_rate: float = 100.0,
         statistics: int = 64,
         routing: Literal["top-1", "softmax"] = "top-1",
         temperature: float = 1.0,
-        depth: int = 4,
-        unknown: float | None = QUANTILE,
+        depth: int = 8,
+        unknown: float | None = 0.98,
         samples: int = 512,
     ) -> None:
         if gate not in ("static", "token", "shared-only", "task-only"):
             raise BadInput(f"moe-cl: gate={gate!r} must be static, token, shared-only or task-only")
+        if start not in ("fresh", "previous", "nearest"):
+            raise BadInput(f"moe-cl: start={start!r} must be fresh, previous or nearest")
         if routing not in ("top-1", "softmax"):
             raise BadInput(f"moe-cl: routing={routing!r} must be top-1 or softmax")
         if unknown is not None and (not isinstance(unknown, int | float) or not 0 < unknown <= 1):
@@ -116,7 +121,7 @@ class MoECL(TaskExperts):
                 raise BadInput(f"moe-cl: {name}={count!r} must be a whole number, {fewest} or more")
         super().__init__(samples)
         self.gate, self.weight, self.protect = gate, float(adversary), float(protect)
-        self.freeze_shared_input = bool(freeze_shared_input)
+        self.freeze_shared_input, self.start = bool(freeze_shared_input), start
         self.routing, self.temperature, self.depth, self.unknown = routing, float(temperature), depth, unknown
         self.rate, self.steps, self.gate_rate = (
             float(discriminator_rate),
@@ -159,6 +164,7 @@ class MoECL(TaskExperts):
         self.base = digest
         prototype = summarise(self.experts.base_features(self._prompts(ctx)))
         self._training[2].prototype, self.vector = prototype, prototype.mean
+        self._begin(prototype)
         if self.before is not None:
             self._oppose(ctx)
 
@@ -356,6 +362,22 @@ class MoECL(TaskExperts):
                 return torch.Generator().manual_seed(bits)
 
             self.adversary = Adversary(self._ups, old, self.rate, self.steps, draw)
+
+    def _begin(self, prototype: Prototype) -> None:
+        """The new expert as a copy of an earlier one, so that training starts from what that task's rows are answered by."""
+        if not self.old or self.start == "fresh":
+            return
+        assert self._training is not None
+        start, newest = self.old[-1], self._training[2]
+        if self.start == "nearest":
+            known = pool([expert.prototype for expert in self.old])
+            start = self.old[int(known.distances(prototype.mean[None])[0].argmin())]
+        for name, (first, second) in start.factors.items():
+            layer = newest.layers[name]
+            layer.lora_A[newest.adapter].weight[self._rank :].copy_(first)
+            layer.lora_B[newest.adapter].weight[:, self._rank :].copy_(second)
+        assert self._gates is not None and start.gates is not None
+        self._gates.restore(start.gates)
 
     def _observe(self, layer: int, codes: Tensor) -> None:
         """Of the trainer's own forward, or of one that statistics are taken from."""
