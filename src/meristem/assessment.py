@@ -33,9 +33,14 @@ class Assessment(Registry):
             self._evaluator = Evaluator(self.store, self.config.evaluation, self.actor, self.progress)
         return self._evaluator
 
-    def evaluate(self, reference: str | VersionEntry, suite: str) -> EvaluationEntry:
-        """Scores of a version on a suite: from the store if known, else measured and stored."""
-        return self.evaluator().evaluate(self.version(reference), self.asset("suite", suite))
+    def evaluate(
+        self, reference: str | VersionEntry, suite: str, *, expert: str | None = None
+    ) -> EvaluationEntry:
+        """Scores of a version on a suite: from the store if known, else measured and stored.
+
+        ``expert``: of a version that keeps one expert per task, the task whose expert answers everything.
+        """
+        return self.evaluator().evaluate(self.version(reference), self.asset("suite", suite), expert)
 
     def evaluations(self) -> list[EvaluationEntry]:
         """Every evaluation in the store; nothing is computed."""

@@ -126,6 +126,18 @@ def test_a_new_process_learns_and_answers_as_this_one(ws, tmp_path):
     again.close()
 
 
+def test_one_expert_can_be_asked_whatever_the_router_says(ws):
+    """An evaluation of its own: the digest of the settings says whose it is."""
+    routed, own, other = (ws.evaluate("support@v3", "a", expert=expert) for expert in (None, "a", "b"))
+    assert own.record.summary["score"] >= routed.record.summary["score"] > other.record.summary["score"]
+    assert len({entry.record.engine for entry in (routed, own, other)}) == 3
+    assert "expert" not in routed.record.settings and own.record.settings["expert"] == "a"
+    with pytest.raises(BadInput, match="no expert of task 'c': there are a, b"):
+        ws.evaluate("support@v3", "a", expert="c")
+    with pytest.raises(BadInput, match="no experts in this version"):
+        ws.evaluate("base", "a", expert="a")
+
+
 def test_after_a_regression_the_line_keeps_its_method(ws):
     """The default answer, replay and EWC, would train past the experts; what goes with them is added to them."""
     ws.signal("regression", "support", data=["a"])

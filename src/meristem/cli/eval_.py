@@ -23,11 +23,19 @@ SUITE = Annotated[str, typer.Option()]
 
 
 @app.command("run")
-def run(reference: REF, suite: SUITE, as_json: JSON = False) -> None:
+def run(
+    reference: REF,
+    suite: SUITE,
+    expert: Annotated[
+        str | None, typer.Option(metavar="TASK", help="Ask that task's expert, whatever the router says.")
+    ] = None,
+    as_json: JSON = False,
+) -> None:
     """Score a version on a suite (from the store when it was measured before)."""
     with opened() as ws:
-        entry = ws.evaluate(reference, suite)
-        lines = _scores(f"{ws.version(reference).label} on {suite}", entry)
+        entry = ws.evaluate(reference, suite, expert=expert)
+        by = f", by the expert of {expert}" if expert else ""
+        lines = _scores(f"{ws.version(reference).label} on {suite}{by}", entry)
         show(as_json, {"cached": entry.cached, **entry.record.document()}, "\n".join(lines))
 
 

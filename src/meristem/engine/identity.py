@@ -26,6 +26,8 @@ class EngineSettings:
     device: str = "cpu"
     attention: str = "sdpa"
     batch_tokens: int = 4096
+    expert: str | None = None
+    """The task whose expert answers, in a version that has several; None: the version's router decides."""
 
 
 def library_versions() -> dict[str, str | None]:
@@ -34,7 +36,10 @@ def library_versions() -> dict[str, str | None]:
 
 
 def engine_document(settings: EngineSettings) -> dict[str, object]:
-    return {"schema": SCHEMA, "scoring": SCORING, **asdict(settings), "libraries": library_versions()}
+    chosen = {
+        name: value for name, value in asdict(settings).items() if name != "expert" or value is not None
+    }
+    return {"schema": SCHEMA, "scoring": SCORING, **chosen, "libraries": library_versions()}
 
 
 def engine_digest(settings: EngineSettings) -> str:

@@ -61,8 +61,11 @@ def load(
     dtype: str = "bfloat16",
     device: str = "cpu",
     batch_tokens: int = EngineSettings.batch_tokens,
+    expert: str | None = None,
 ) -> Engine:
     """Load a Hugging Face folder, or over ``base_folder`` a PEFT adapter folder or one of experts.
+
+    ``expert``: the task whose expert answers everything, whatever a router would say.
 
     Weights come from safetensors only and nothing is fetched from a hub. An adapter stays unmerged:
     merging rounds the weights, and what is scored must be what is served. It is loaded as plain PEFT
@@ -81,8 +84,10 @@ def load(
         if base_folder is not None:
             raise BadInput.at(folder, None, "base_folder given, but this is no adapter folder; leave it out")
         model = _load_plain(folder, DTYPES[dtype])
+    if expert is not None:
+        _answer_by(model, expert, folder)
     tokenizer = _load_tokenizer(folder, base_folder)
-    return wrap(model.to(device), tokenizer, EngineSettings(dtype, device, "sdpa", batch_tokens))
+    return wrap(model.to(device), tokenizer, EngineSettings(dtype, device, "sdpa", batch_tokens, expert))
 
 
 def wrap(model: Any, tokenizer: Any, settings: EngineSettings) -> Engine:
@@ -166,6 +171,17 @@ def _load_experts(folder: Path, base_folder: Path, dtype: torch.dtype) -> Any:
     document, state = _read_experts(folder)
     Experts(model, document.router, experts_in(state), shared=shared_in(state))
     return model
+
+
+def _answer_by(model: Any, task: str, folder: Path) -> None:
+    from meristem.methods.architecture.experts import of
+
+    attached = of(model)
+    if attached is None:
+        raise BadInput.at(
+            folder, None, f"no experts in this version, so none of task {task!r}: leave expert out"
+        )
+    attached.pin = attached.place_of(task)
 
 
 def expert_state(folder: Path) -> MethodState:

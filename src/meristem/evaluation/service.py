@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Row, insert, select
@@ -54,11 +54,17 @@ class Evaluator:
         self.settings = EngineSettings(
             dtype=settings.dtype, device=settings.device, batch_tokens=settings.batch_tokens
         )
-        self._loaded: tuple[str, Engine] | None = None
+        self._loaded: tuple[str, str | None, Engine] | None = None
 
-    def evaluate(self, version: VersionEntry, suite: AssetEntry) -> EvaluationEntry:
-        """The evaluation of ``version`` on ``suite``: from the store, or computed now and stored whole."""
-        key = (version.content, suite.record.facts["digest"], engine_digest(self.settings))
+    def evaluate(
+        self, version: VersionEntry, suite: AssetEntry, expert: str | None = None
+    ) -> EvaluationEntry:
+        """The evaluation of ``version`` on ``suite``: from the store, or computed now and stored whole.
+
+        ``expert``: answered by that task's expert alone (an evaluation of its own); ``BadInput`` where there is none.
+        """
+        settings = replace(self.settings, expert=expert)
+        key = (version.content, suite.record.facts["digest"], engine_digest(settings))
         found = self._find(key)
         if found is not None:
             return found
@@ -67,12 +73,11 @@ class Evaluator:
         loaded = load_suite_asset(self.store, suite)
         prepare(loaded)  # before a model is loaded
         with journal_at(scratch.journal(self.store, key)) as journal:
-            engine = self._engine(
-                version.content
-            )  # not counted: only the first suite of a version pays for it
+            # not counted: only the first suite of a version pays for it
+            engine = self._engine(version.content, expert)
             journal.start()
             results = evaluate(engine, loaded, step, journal, prepared=True)
-            return self._record(key, version, suite, results, engine.template, journal.seconds)
+            return self._record(key, version, suite, results, engine, journal.seconds)
 
     def task_score(self, version: VersionEntry, suite: AssetEntry, task: str) -> float:
         """Mean score of ``version`` on one task of ``suite``, measured now if it was not before."""
@@ -108,8 +113,8 @@ class Evaluator:
         """Drop the loaded model (before training loads its own)."""
         self._loaded = None
 
-    def _engine(self, content: str) -> Engine:
-        if self._loaded is None or self._loaded[0] != content:
+    def _engine(self, content: str, expert: str | None) -> Engine:
+        if self._loaded is None or self._loaded[:2] != (content, expert):
             from meristem.engine.load import load
 
             self._loaded = None
@@ -121,9 +126,10 @@ class Evaluator:
                     dtype=self.settings.dtype,
                     device=self.settings.device,
                     batch_tokens=self.settings.batch_tokens,
+                    expert=expert,
                 )
-            self._loaded = (content, engine)
-        return self._loaded[1]
+            self._loaded = (content, expert, engine)
+        return self._loaded[2]
 
     def _find(self, key: tuple[str, str, str]) -> EvaluationEntry | None:
         with self.store.database.read() as connection:
@@ -135,7 +141,7 @@ class Evaluator:
         version: VersionEntry,
         suite: AssetEntry,
         results: list[ItemResult],
-        template: str | None,
+        engine: Engine,
         seconds: float,
     ) -> EvaluationEntry:
         body = Blob.file(canonical(results))
@@ -144,7 +150,7 @@ class Evaluator:
             content=key[0],
             suite=key[1],
             engine=key[2],
-            settings={**engine_document(self.settings), "template": template},
+            settings={**engine_document(engine.settings), "template": engine.template},
             results=body.digest,
             summary=summary(results),
         )
