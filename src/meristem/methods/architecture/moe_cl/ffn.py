@@ -1,0 +1,182 @@
+"""FFN-level experts on a causal language model: every gated MLP as the mixture of ``ffn_math``.
+
+An expert's LoRA passes through the activation together with the base, so that experts cannot be added up: a row has
+one task expert or none. Rows of one batch may have different ones, and only those that some row has are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meristem.errors import BadInput, Clash
+from meristem.methods.architecture.moe_cl.ffn_experts import AdapterHalf, Before, Lora, Rows
+from meristem.methods.architecture.moe_cl.ffn_layer import FfnLayer
+from meristem.methods.architecture.moe_cl.ffn_math import SharedHalf, Stack, shared_mean, shared_output
+from meristem.methods.architecture.moe_cl.ffn_modules import PROJECTIONS, ffn_modules, widths_of
+
+_PLACE = "_meristem_ffn_mixtures"
+
+
+class FfnMixtures:
+    """Stands in for the forward of each MLP named in ``gates``, until :meth:`remove`.
+
+    ``gates``: full name of an MLP -> W_g (2, d), trained where it is a parameter (registered in the MLP). The shared
+    expert and the newest task's are in training in one PEFT LoRA ``adapter`` of rank 2r on the three projections,
+    A = [A_0; A_t], B = [B_0, B_t]; without ``adapter`` the ``shared`` one is given. ``experts`` are frozen and
+    numbered from 0; the newest has the number after them.
+
+    In training mode every row has the newest expert. In eval mode :meth:`route` says which row has which, whatever
+    the positions of a forward, so that a cache of keys and values makes no difference. With the adapter off the model
+    is that of ``before`` with the frozen experts, or without it the base.
+
+    Raises ``Clash`` for a model, adapter or batch that this cannot be done on, ``BadInput`` for experts of another base.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        gates: Mapping[str, Tensor],
+        *,
+        adapter: str | None = None,
+        shared: Lora | None = None,
+        experts: Sequence[Lora] = (),
+        before: Before | None = None,
+    ) -> None:
+        if (adapter is None) == (shared is None):
+            raise BadInput("FfnMixtures needs either adapter (in training) or shared (frozen)")
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if (attached := getattr(self.model, _PLACE, None)) is not None:
+            attached.remove()
+        modules = ffn_modules(self.model)
+        self.frozen = [*experts, *([shared] if shared else []), *([before.shared] if before else [])]
+        _refuse_misfits(modules, gates, self.frozen)
+        self.adapter, self.before, self.experts = adapter, before, list(experts)
+        if shared is not None:
+            self.shared = shared
+        elif adapter is not None:
+            named = {name: modules[name] for name in gates}
+            self.shared = AdapterHalf(named, adapter, newest=False)
+            self.experts.append(AdapterHalf(named, adapter, newest=True))
+        self.watching = False  # for shared_means
+        self.routed: dict[bool, Rows] = {}  # of the model as it is, and (True) with the adapter off
+        self._masks: dict[bool, Tensor | None] = {}  # of the latest forward in training and in eval mode
+        self._means: dict[str, tuple[Stack, Tensor, Tensor]] = {}
+        self._under_way, self._batches = False, 0
+        self.layers = {name: FfnLayer(name, modules[name], gate, self) for name, gate in gates.items()}
+        backbone = getattr(self.model, "base_model", self.model)
+        self._hooks = [
+            backbone.register_forward_pre_hook(self._on_forward, with_kwargs=True),
+            backbone.register_forward_hook(self._after_forward, always_call=True),
+        ]
+        setattr(self.model, _PLACE, self)
+
+    def remove(self) -> None:
+        """Every MLP computes as before, and has no parameters but its own."""
+        for hook in self._hooks:
+            hook.remove()
+        for layer in self.layers.values():
+            layer.remove()
+        delattr(self.model, _PLACE)
+
+    def route(self, owners: Sequence[int | None] | None) -> None:
+        """From here on row n of every batch has expert ``owners[n]``, or the shared one alone where that is None.
+
+        ``owners`` None: all rows have the one in training.
+        """
+        self.routed = {}
+        if owners is None:
+            return
+        count = len(self.experts)
+        if (bad := next((o for o in owners if o is not None and not 0 <= o < count), None)) is not None:
+            raise BadInput(f"there is no expert {bad}: the {count} there are have the numbers from 0 on")
+        device = next(self.model.parameters()).device
+        self.routed[False] = Rows(owners, self.experts, self.shared, device)
+        if self.before is not None:
+            known = len(self.experts) - (self.adapter is not None)
+            old = [None if o is None or o >= known else o for o in owners]
+            self.routed[True] = Rows(old, self.experts, self.before.shared, device)
+
+    # ---- the mean of the shared expert's output, for an adversary -----------------------------------------
+
+    def shared_means(self) -> dict[str, Tensor]:
+        """Name of an MLP -> mean of E_0(x) (batch, d) over the real tokens of the latest forward in training mode.
+
+        Once for each forward, and only where ``watching`` was True. ``Clash`` where that forward kept no graph.
+        """
+        kept, self._means = self._means, {}
+        if torch.is_grad_enabled() and any(not hidden.requires_grad for _, hidden, _ in kept.values()):
+            raise Clash(
+                "the shared expert's output has no gradient under reentrant gradient checkpointing: "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        return {name: shared_output(*parts) for name, parts in kept.items()}
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Forwards inside are on one labelled batch; a batch inside another leaves the outer's means alone.
+
+        ``Clash`` for an inner one with gradients under gradient checkpointing: the layers run again in the backward
+        pass would average over the wrong batch's tokens.
+        """
+        means, masks = self._means, dict(self._masks)
+        checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        if self._batches and self.watching and torch.is_grad_enabled() and checkpointing:
+            raise Clash(
+                "a method's loss on a batch of its own, beside an adversary of the shared expert and under gradient "
+                "checkpointing, would mix up their tokens: gradient_checkpointing=False"
+            )
+        self._batches += 1
+        try:
+            yield
+        finally:
+            self._batches -= 1
+            if self._batches:
+                self._means, self._masks = means, masks
+
+    def _on_forward(self, module: Any, args: Any, kwargs: Any) -> None:
+        mask = kwargs.get("attention_mask")
+        if self.watching and module.training:
+            if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+                raise Clash("an adversary of the shared expert needs an attention mask (batch, length)")
+            self._means = {}
+        self._masks[module.training] = mask
+        self._under_way = True
+
+    def _after_forward(self, module: Any, args: Any, output: Any) -> None:
+        self._under_way = False
+
+    def keep_mean(self, name: str, stack: Stack, half: SharedHalf) -> None:
+        """For :meth:`shared_means`. In a backward pass that runs layers again it is computed alike, but not kept."""
+        mask = self._masks.get(True)
+        mask = half.hidden.new_ones(half.hidden.shape[:2]) if mask is None else mask.to(half.hidden.device)
+        means = shared_mean(half, mask)
+        if self._under_way:
+            self._means[name] = stack, *means
+
+
+def _refuse_misfits(modules: Mapping[str, Any], gates: Mapping[str, Tensor], loras: Sequence[Lora]) -> None:
+    """``BadInput`` where gates or experts are not of this base."""
+    remedy = "use the base that it was made on"
+    wanted: dict[str, tuple[int, int]] = {}
+    for name, gate in gates.items():
+        if name not in modules:
+            raise BadInput(f"there is a gate for {name}, which is no MLP of this model; {remedy}")
+        widths = widths_of(modules[name])
+        wanted |= {f"{name}.{part}": widths[part] for part in PROJECTIONS}
+        if gate.shape != (2, width := widths["gate_proj"][0]):
+            raise BadInput(f"the gate of {name} is {tuple(gate.shape)}, not {(2, width)}; {remedy}")
+    for lora in loras:
+        if odd := lora.factors.keys() ^ wanted.keys():
+            raise BadInput(f"an expert and the gates differ in {sorted(odd)[0]}; {remedy}")
+        rank = len(next(iter(lora.factors.values()))[0])
+        for name, (d_in, d_out) in wanted.items():
+            found = tuple(tuple(factor.shape) for factor in lora.factors[name])
+            if found != ((rank, d_in), (d_out, rank)):
+                raise BadInput(
+                    f"A and B of {name} are {found[0]} and {found[1]}, not {(rank, d_in)} and {(d_out, rank)}; {remedy}"
+                )
