@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tests.tiny import new_model
 from torch.nn.functional import cross_entropy, silu
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import FalconH1Config, FalconH1ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from meristem.errors import BadInput, Clash
@@ -303,7 +304,7 @@ def test_dropout_thins_what_the_experts_see_and_nothing_else():
     )  # fmt: skip
 
 
-def trained(checkpointing, reentrant=False, between=lambda mixtures, model: None):
+def trained(checkpointing, reentrant=False, between=lambda mixtures, model: None, early=True):
     ids, mask = padded(PROMPTS)
     model = holding(lora(1), lora(2)).train()
     if checkpointing:
@@ -311,11 +312,12 @@ def trained(checkpointing, reentrant=False, between=lambda mixtures, model: None
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     mixtures = FfnMixtures(model, gates(make=torch.nn.Parameter), adapter="default", experts=[lora(5)])
     discriminators = Discriminators(mixtures, heads())
-    with mixtures.batch():
+    with mixtures.batch(), set_checkpoint_early_stop(early):
         output = model(input_ids=ids, attention_mask=mask, use_cache=False)
         between(mixtures, model)
         loss = next_token_loss(output.logits, ids, mask) + discriminators.loss(torch.tensor([0, 1, 2, 3]))
     loss.backward()
+    assert not mixtures.shared_means()  # what the backward pass ran again is not kept with its graph
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -330,9 +332,10 @@ def elsewhere(mixtures, model):
     model.train()
 
 
+@pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("between", [lambda mixtures, model: None, elsewhere])
-def test_gradient_checkpointing_gives_the_same_gradients(between):
-    plain, found = trained(False), trained(True, between=between)
+def test_gradient_checkpointing_gives_the_same_gradients(between, early):
+    plain, found = trained(False), trained(True, between=between, early=early)
     assert {n.rsplit(".", 1)[-1] for n in plain} >= {"moe_cl_gate", "moe_cl_discriminator"}
     torch.testing.assert_close(found, plain)
 
@@ -365,6 +368,11 @@ def test_in_training_the_newest_and_after_it_whom_the_rows_are_routed_to():
                 expert = None if owner is None else [*old, lora(2)][owner]
                 wanted = logits_of(lora(1), expert, prompt)
                 torch.testing.assert_close(found[row, : len(prompt)], wanted, rtol=1e-6, atol=1e-8)
+        for half in (layer.lora_B["default"].weight for layer in model.modules() if hasattr(layer, "lora_B")):
+            half *= 0.5  # as a step of the optimizer would
+        found = model(input_ids=ids, attention_mask=mask).logits
+        smaller = [Lora({n: (a, b / 2) for n, (a, b) in lora(k).factors.items()}, SCALE) for k in (1, 2)]
+        torch.testing.assert_close(found[1, : len(PROMPTS[1])], logits_of(*smaller, PROMPTS[1]))
         for routed in (True, False):
             mixtures.route(owners if routed else None)
             with model.disable_adapter():
