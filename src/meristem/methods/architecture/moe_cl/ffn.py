@@ -62,7 +62,7 @@ class FfnMixtures:
             named = {name: modules[name] for name in gates}
             self.shared = AdapterHalf(named, adapter, newest=False)
             self.experts.append(AdapterHalf(named, adapter, newest=True))
-        self.watching = False  # for shared_means
+        self.on, self.watching = True, False  # watching: for shared_means
         self.routed: dict[bool, Rows] = {}  # of the model as it is, and (True) with the adapter off
         self._masks: dict[bool, Tensor | None] = {}  # of the latest forward in training and in eval mode
         self._means: dict[str, tuple[Stack, Tensor, Tensor]] = {}
@@ -100,6 +100,15 @@ class FfnMixtures:
             known = len(self.experts) - (self.adapter is not None)
             old = [None if o is None or o >= known else o for o in owners]
             self.routed[True] = Rows(old, self.experts, self.before.shared, device)
+
+    @contextmanager
+    def switched(self, on: bool) -> Iterator[None]:
+        """Inside, and in a backward pass inside, every MLP is the mixture, or with ``on`` False itself."""
+        before, self.on = self.on, on
+        try:
+            yield
+        finally:
+            self.on = before
 
     # ---- the mean of the shared expert's output, for an adversary -----------------------------------------
 

@@ -43,6 +43,8 @@ class FfnLayer:
 
     def forward(self, x: Tensor) -> Tensor:
         whole, gate = self.whole, self.gate
+        if not whole.on:
+            return self.plain(x)
         off = whole.adapter is not None and self.mlp.gate_proj.disable_adapters
         if off:
             if whole.before is None:
