@@ -6,7 +6,7 @@ one task expert or none. Rows of one batch may have different ones, and only tho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from meristem.errors import BadInput, Clash
-from meristem.methods.architecture.moe_cl.ffn_experts import AdapterHalf, Before, Lora, Rows
+from meristem.methods.architecture.moe_cl.ffn_experts import AdapterHalf, Before, Lora, Rows, Turn
 from meristem.methods.architecture.moe_cl.ffn_layer import FfnLayer
 from meristem.methods.architecture.moe_cl.ffn_math import SharedHalf, Stack, shared_mean, shared_output
 from meristem.methods.architecture.moe_cl.ffn_modules import PROJECTIONS, ffn_modules, widths_of
+from meristem.methods.architecture.routing import Routing
 
 _PLACE = "_meristem_ffn_mixtures"
 
@@ -30,9 +31,10 @@ class FfnMixtures:
     A = [A_0; A_t], B = [B_0, B_t]; without ``adapter`` the ``shared`` one is given. ``experts`` are frozen and
     numbered from 0; the newest has the number after them.
 
-    In training mode every row has the newest expert. In eval mode :meth:`route` says which row has which, whatever
-    the positions of a forward, so that a cache of keys and values makes no difference. With the adapter off the model
-    is that of ``before`` with the frozen experts, or without it the base.
+    Which row has which is what ``router()`` says of the forward under way (weights 0 or 1; None: the base alone). Without
+    ``router`` every row has the newest in training mode, and in eval mode :meth:`route` says it; the positions of a
+    forward do not matter, so that a cache of keys and values makes no difference. With the adapter off the model is that
+    of ``before`` with the frozen experts, where rows of the newest have the shared one alone, or without it the base.
 
     Raises ``Clash`` for a model, adapter or batch that this cannot be done on, ``BadInput`` for experts of another base.
     """
@@ -46,6 +48,7 @@ class FfnMixtures:
         shared: Lora | None = None,
         experts: Sequence[Lora] = (),
         before: Before | None = None,
+        router: Callable[[], Routing | None] | None = None,
     ) -> None:
         if (adapter is None) == (shared is None):
             raise BadInput("FfnMixtures needs either adapter (in training) or shared (frozen)")
@@ -63,15 +66,18 @@ class FfnMixtures:
             self.shared = AdapterHalf(named, adapter, newest=False)
             self.experts.append(AdapterHalf(named, adapter, newest=True))
         self.on, self.watching = True, False  # watching: for shared_means
-        self.routed: dict[bool, Rows] = {}  # of the model as it is, and (True) with the adapter off
+        self.gates, self.router = dict(gates), router
+        self._routing: Routing | None = None
+        self._latest: tuple[int, bool, Turn, Routing] | None = None
+        self._any = next(iter(modules.values())).gate_proj
         self._masks: dict[bool, Tensor | None] = {}  # of the latest forward in training and in eval mode
         self._means: dict[str, tuple[Stack, Tensor, Tensor]] = {}
         self._under_way, self._batches = False, 0
         self.layers = {name: FfnLayer(name, modules[name], gate, self) for name, gate in gates.items()}
-        backbone = getattr(self.model, "base_model", self.model)
+        self._backbone = getattr(self.model, "base_model", self.model)
         self._hooks = [
-            backbone.register_forward_pre_hook(self._on_forward, with_kwargs=True),
-            backbone.register_forward_hook(self._after_forward, always_call=True),
+            self._backbone.register_forward_pre_hook(self._on_forward, with_kwargs=True),
+            self._backbone.register_forward_hook(self._after_forward, always_call=True),
         ]
         setattr(self.model, _PLACE, self)
 
@@ -88,22 +94,45 @@ class FfnMixtures:
 
         ``owners`` None: all rows have the one in training.
         """
-        self.routed = {}
+        self._routing = None
         if owners is None:
             return
         count = len(self.experts)
         if (bad := next((o for o in owners if o is not None and not 0 <= o < count), None)) is not None:
             raise BadInput(f"there is no expert {bad}: the {count} there are have the numbers from 0 on")
-        device = next(self.model.parameters()).device
-        self.routed[False] = Rows(owners, self.experts, self.shared, device)
-        if self.before is not None:
-            known = len(self.experts) - (self.adapter is not None)
-            old = [None if o is None or o >= known else o for o in owners]
-            self.routed[True] = Rows(old, self.experts, self.before.shared, device)
+        weights = torch.tensor([[float(owner == at) for at in range(count)] for owner in owners])
+        weights = weights.reshape(len(owners), count).to(next(self.model.parameters()).device)
+        known = count - (self.adapter is not None)
+        self._routing = Routing(weights, tuple(sorted({o for o in owners if o is not None and o < known})))
+
+    def turn(self) -> Turn | None:
+        """What the forward under way is computed by; None for the base alone."""
+        off = self.adapter is not None and bool(self._any.disable_adapters)
+        if off and self.before is None:
+            return None
+        routing = self.router() if self.router is not None else self._routing
+        if routing is None and self.router is not None:
+            return None
+        training = self.adapter is not None and not off
+        alone = self.router is None and (routing is None or self._backbone.training)
+        if training and (alone or (routing is not None and routing.newest_alone)):
+            return Turn(self.shared, self.gates, None)
+        if routing is None:
+            raise Clash("FFN-level experts ran before their rows were routed: call route() first")
+        if self._latest is None or self._latest[:2] != (id(routing), off):
+            self._latest = id(routing), off, self._turn(routing, off), routing
+        return self._latest[2]
+
+    def _turn(self, routing: Routing, off: bool) -> Turn:
+        side = self.before if off and self.before is not None else self
+        newest = [len(self.experts) - 1] if self.adapter is not None else []
+        used = [*routing.active, *([] if off else newest)]
+        weights = routing.weights[:, : len(self.experts) - len(newest)] if off else routing.weights
+        return Turn(side.shared, side.gates, Rows(weights, used, self.experts, side.shared))
 
     @contextmanager
     def switched(self, on: bool) -> Iterator[None]:
-        """Inside, and in a backward pass inside, every MLP is the mixture, or with ``on`` False itself."""
+        """Inside, and in a backward pass inside, every MLP is the mixture, or with ``on`` False what it was before."""
         before, self.on = self.on, on
         try:
             yield

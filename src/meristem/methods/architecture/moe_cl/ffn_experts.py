@@ -77,20 +77,25 @@ class AdapterHalf(Mapping[str, Pair]):
 class Rows:
     """Which expert each row of a batch has, as a ``Stack`` wants it: ``scale`` (batch, 1, R), ``known`` (batch, 1, 1).
 
-    ``loras``: the shared one and those that some row has.
+    From ``weights`` (batch, experts), 1 for the one that a row has, and the experts ``used``, those that some row may have.
+    ``loras``: the shared one and those.
     """
 
-    def __init__(
-        self, owners: Sequence[int | None], experts: Sequence[Lora], shared: Lora, device: torch.device
-    ) -> None:
-        active = sorted({owner for owner in owners if owner is not None})
-        self.loras = [shared, *(experts[at] for at in active)]
+    def __init__(self, weights: Tensor, used: Sequence[int], experts: Sequence[Lora], shared: Lora) -> None:
+        self.loras = [shared, *(experts[at] for at in used)]
         downs = [next(iter(lora.factors.values()))[0] for lora in self.loras]
-        kind = torch.promote_types(downs[0].dtype, torch.float32)
-        has = torch.tensor([[True, *(owner == at for at in active)] for owner in owners])
-        scale = has * torch.tensor([lora.scale for lora in self.loras], dtype=kind)
-        ranks = torch.tensor([len(down) for down in downs])
-        self.scale = scale.repeat_interleave(ranks, dim=1)[:, None].to(device)
-        self.known = torch.tensor([owner is not None for owner in owners], dtype=kind)[:, None, None].to(
-            device
-        )
+        exact = torch.promote_types(downs[0].dtype, torch.float32)
+        weights = weights.to(exact)
+        each = torch.cat([torch.ones_like(weights[:, :1]), weights[:, list(used)]], 1)
+        each = each * torch.tensor([lora.scale for lora in self.loras], dtype=exact, device=each.device)
+        column = torch.tensor([at for at, down in enumerate(downs) for _ in down], device=each.device)
+        self.scale, self.known = each[:, None, column], weights.sum(1)[:, None, None]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a forward is computed by. ``rows`` None: the two experts of the adapter in training, for every row."""
+
+    shared: Lora
+    gates: Mapping[str, Tensor]
+    rows: Rows | None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from meristem.errors import Clash
-from meristem.methods.architecture.moe_cl.ffn_experts import Lora, Pair
+from meristem.methods.architecture.moe_cl.ffn_experts import Lora, Pair, Turn
 from meristem.methods.architecture.moe_cl.ffn_math import Projection, Stack, mixture
 from meristem.methods.architecture.moe_cl.ffn_modules import PROJECTIONS, bases_of
 
@@ -42,37 +42,31 @@ class FfnLayer:
             delattr(self.mlp, GATE)
 
     def forward(self, x: Tensor) -> Tensor:
-        whole, gate = self.whole, self.gate
-        if not whole.on:
+        if not self.whole.on:
             return self.plain(x)
-        off = whole.adapter is not None and self.mlp.gate_proj.disable_adapters
-        if off:
-            if whole.before is None:
-                return self.plain(x)
-            gate = whole.before.gates[self.name]
-        stack = self._stack(x, off)
-        output, half = mixture(self.mlp.act_fn, stack, gate.to(x.device), x)
-        if whole.watching and self.mlp.training and not off:
-            whole.keep_mean(self.name, stack, half)
+        turn = self.whole.turn()
+        if turn is None:
+            gate, up, down = (self.bases[part] for part in PROJECTIONS)
+            return down(self.mlp.act_fn(gate(x)) * up(x))
+        stack = self._stack(x, turn)
+        output, half = mixture(self.mlp.act_fn, stack, turn.gates[self.name].to(x.device), x)
+        if self.whole.watching and self.mlp.training:
+            self.whole.keep_mean(self.name, stack, half)
         return output
 
-    def _stack(self, x: Tensor, off: bool) -> Stack:
-        whole = self.whole
-        before = whole.before if off else None
-        shared = before.shared if before is not None else whole.shared
-        rank = len(shared.factors[f"{self.name}.gate_proj"][0])
-        if whole.adapter is not None and not off and (self.mlp.training or off not in whole.routed):
-            return Stack(self._trained(whole.adapter), rank, shared.scale)
-        if off not in whole.routed:
-            if not off:
-                raise Clash(f"{self.name} ran before its rows had experts: call route() first")
-            return Stack(self._frozen([shared], x.device), rank, shared.scale)
-        rows = whole.routed[off]
+    def _stack(self, x: Tensor, turn: Turn) -> Stack:
+        rank = len(turn.shared.factors[f"{self.name}.gate_proj"][0])
+        if turn.rows is None:
+            assert self.whole.adapter is not None
+            return Stack(self._trained(self.whole.adapter), rank, turn.shared.scale)
+        rows = turn.rows
         if x.dim() != 3 or len(x) != len(rows.scale):
             raise Clash(
                 f"{self.name} sees {tuple(x.shape)} where {len(rows.scale)} rows are routed: route each batch anew"
             )
-        return Stack(self._frozen(rows.loras, x.device), rank, rows.scale, rows.known)
+        return Stack(
+            self._joined(rows.loras, x.device), rank, rows.scale.to(x.device), rows.known.to(x.device)
+        )
 
     def _trained(self, adapter: str) -> Three:
         def part(name: str) -> Projection:
@@ -85,7 +79,7 @@ class FfnLayer:
         gate, up, down = map(part, PROJECTIONS)
         return gate, up, down
 
-    def _frozen(self, loras: Sequence[Lora], device: torch.device) -> Three:
+    def _joined(self, loras: Sequence[Lora], device: torch.device) -> Three:
         """Of these experts one below the other; the latest are kept, for the next batch often has the same."""
         if device != self._device:
             self._device, self._latest = device, None
@@ -97,7 +91,9 @@ class FfnLayer:
 
         def whole(name: str) -> Projection:
             downs, ups = zip(*(part[name] for part in parts), strict=True)
-            return Projection(self.bases[name], torch.cat(downs), torch.cat(ups, 1))
+            layer, adapter = getattr(self.mlp, name), self.whole.adapter
+            dropout = layer.lora_dropout[adapter] if adapter is not None and self.mlp.training else None
+            return Projection(self.bases[name], torch.cat(downs), torch.cat(ups, 1), dropout)
 
         gate, up, down = map(whole, PROJECTIONS)
         found = gate, up, down
