@@ -71,6 +71,7 @@ class FfnMixtures:
         self._latest: tuple[int, bool, Turn, Routing] | None = None
         self._any = next(iter(modules.values())).gate_proj
         self._masks: dict[bool, Tensor | None] = {}  # of the latest forward in training and in eval mode
+        self.leaving: list[Callable[[], None]] = []  # called by remove
         self._means: dict[str, tuple[Stack, Tensor, Tensor]] = {}
         self._under_way, self._batches = False, 0
         self.layers = {name: FfnLayer(name, modules[name], gate, self) for name, gate in gates.items()}
@@ -83,6 +84,8 @@ class FfnMixtures:
 
     def remove(self) -> None:
         """Every MLP computes as before, and has no parameters but its own."""
+        for leave in self.leaving:
+            leave()
         for hook in self._hooks:
             hook.remove()
         for layer in self.layers.values():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ class MoECL(TaskExperts):
     ``shared-only`` and ``task-only``. ``gate_rate``: how far an optimizer's step moves static gates (``gates.Gates``).
     ``routing``, ``temperature``, ``depth``, ``unknown``: of the router (``prototypes``): one expert or a blend, by hidden
     states after ``depth`` blocks (all of a smaller model); outside that quantile of a task's own prompts a prompt is of no known task (None: never).
+    ``preset``: ``published`` is the paper's own computation (``published.PublishedMoECL``), with ``softmax_twice`` and ``tasks``.
     ``statistics``: rows that a task's code statistics are taken from; ``samples``: that its prototype is.
 
     Source: Kang et al. 2025 (arXiv 2509.18133), from the equations. Claims: less forgetting. Stages: cpt, cit. State: for
@@ -73,6 +75,13 @@ class MoECL(TaskExperts):
     grows = "one LoRA, its gates and statistics"
     newest_alone = True
     weight_copies = 1
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        if cls is MoECL and kwargs.get("preset") == "published":
+            from meristem.methods.architecture.moe_cl.published import PublishedMoECL
+
+            cls = PublishedMoECL  # type: ignore[assignment]
+        return super().__new__(cls, *args, **kwargs)
 
     def __init__(
         self,
@@ -90,7 +99,12 @@ class MoECL(TaskExperts):
         depth: int = 8,
         unknown: float | None = 0.98,
         samples: int = 512,
+        *,
+        preset: Literal["default", "published"] = "default",
+        softmax_twice: bool = False,
+        tasks: int = 4,
     ) -> None:
+        _refuse_idle(self._arguments)
         if gate not in ("static", "token", "shared-only", "task-only"):
             raise BadInput(f"moe-cl: gate={gate!r} must be static, token, shared-only or task-only")
         if start not in ("fresh", "previous", "nearest"):
@@ -115,6 +129,7 @@ class MoECL(TaskExperts):
             "discriminator_steps": (discriminator_steps, 1),
             "statistics": (statistics, 1),
             "depth": (depth, 0),
+            "tasks": (tasks, 1),
         }
         for name, (count, fewest) in counts.items():
             if not isinstance(count, int) or isinstance(count, bool) or count < fewest:
@@ -129,6 +144,7 @@ class MoECL(TaskExperts):
             float(gate_rate),
         )
         self.rows_for_statistics = statistics
+        self.softmax_twice, self.tasks = bool(softmax_twice), tasks
         self.base: str | None = None  # digest
         self.before: Expert | None = None  # the shared expert as earlier updates left it
         self.after: Expert | None = None  # and as this one does
@@ -198,9 +214,13 @@ class MoECL(TaskExperts):
 
     @torch.no_grad()
     def finish(self, ctx: Context) -> None:
-        assert self._training is not None and self.vector is not None
+        self._keep_experts()
+        self.statistics = [*self.statistics[: len(self.old)], self._measured(ctx)]
+
+    @torch.no_grad()
+    def _keep_experts(self) -> None:
+        assert self._training is not None
         _, about, newest = self._training
-        assert newest.gates is not None
         pairs = {
             name: (layer.lora_A[newest.adapter].weight, layer.lora_B[newest.adapter].weight)
             for name, layer in newest.layers.items()
@@ -212,8 +232,8 @@ class MoECL(TaskExperts):
         assert prototype is not None
         self.after = Expert(about.model_copy(update={"task": SHARED}), common, torch.empty(0))
         about = about.model_copy(update={"prompts": prototype.n})
-        self.new = Expert(about, own, prototype.mean, newest.gates.kept(), prototype.residuals)
-        self.statistics = [*self.statistics[: len(self.old)], self._measured(ctx)]
+        gates = newest.gates.kept() if newest.gates is not None else None
+        self.new = Expert(about, own, prototype.mean, gates, prototype.residuals)
 
     # ---- state ---------------------------------------------------------------------------------------------
 
@@ -422,3 +442,23 @@ class MoECL(TaskExperts):
             return []
         newest = self._training[2]
         return [newest.layers[name].lora_A[newest.adapter].weight for name in self.before.factors]
+
+
+_OF_DEFAULT = frozenset(
+    {
+        *("gate", "protect", "freeze_shared_input", "discriminator_rate", "discriminator_steps", "gate_rate"),
+        *("statistics", "routing", "temperature"),
+    }
+)
+_OF_PUBLISHED = frozenset({"softmax_twice", "tasks"})
+
+
+def _refuse_idle(arguments: Mapping[str, Any]) -> None:
+    """``BadInput`` for an argument that the preset has no use for."""
+    preset = arguments.get("preset", "default")
+    if preset not in ("default", "published"):
+        raise BadInput(f"moe-cl: preset={preset!r} must be default or published")
+    idle = _OF_PUBLISHED if preset == "default" else _OF_DEFAULT
+    for name, parameter in inspect.signature(MoECL.__init__).parameters.items():
+        if name in idle and arguments.get(name, parameter.default) != parameter.default:
+            raise BadInput(f"moe-cl: {name}={arguments[name]!r} has no part in preset={preset}: leave it out")

@@ -25,7 +25,7 @@ class Discriminators:
     else. ``softmax_twice``: as the authors' program has it, log softmax(softmax(D_l m_l)), which bounds L_aux to a narrow band
     (for K = 4 to [0.74, 1.75]) and makes its gradients weak.
 
-    ``heads``: full name of an MLP -> D_l, a parameter, registered in the MLP until :meth:`remove`. Source: arXiv 2509.18133.
+    ``heads``: full name of an MLP -> D_l, a parameter, registered in the MLP until the mixtures are removed. Source: arXiv 2509.18133.
     """
 
     def __init__(
@@ -46,8 +46,9 @@ class Discriminators:
         for name, head in self.heads.items():
             mixtures.layers[name].mlp.register_parameter(DISCRIMINATOR, head)
         mixtures.watching = True
+        mixtures.leaving.append(self._remove)
 
-    def remove(self) -> None:
+    def _remove(self) -> None:
         self.mixtures.watching = False
         for hook in self._hooks:
             hook.remove()
