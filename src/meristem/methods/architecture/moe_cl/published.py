@@ -139,7 +139,7 @@ class PublishedMoECL(MoECL):
             more = _drawn(max(count - len(head), 0), width, draw)
             gates[name] = nn.Parameter(gate.to(some.device, exact, copy=True))
             heads[name] = nn.Parameter(torch.cat([head, more.to(head)]).to(some.device, exact))
-        self._gates_now, self._heads = gates, heads
+        self._gates_now, self._heads = gates, heads if self.weight else {}
         return model, about, replace(newest, gates=None, observe=None)
 
     def _attach(self) -> None:
