@@ -18,6 +18,7 @@ from meristem.methods.architecture._lora import fresh_rows, grow
 from meristem.methods.architecture.experts import Expert, Newest
 from meristem.methods.architecture.gates import Gates, Kind
 from meristem.methods.architecture.moe_cl.adversary import Adversary
+from meristem.methods.architecture.moe_cl.arguments import check
 from meristem.methods.architecture.moe_cl.codes import Anchor, CodeStatistics, Gatherer, row_means
 from meristem.methods.architecture.prototypes import SHRINKAGE, Prototype, blocks_of, pool, summarise
 from meristem.methods.architecture.task_experts import (
@@ -104,36 +105,8 @@ class MoECL(TaskExperts):
         softmax_twice: bool = False,
         tasks: int = 4,
     ) -> None:
-        _refuse_idle(self._arguments)
-        if gate not in ("static", "token", "shared-only", "task-only"):
-            raise BadInput(f"moe-cl: gate={gate!r} must be static, token, shared-only or task-only")
-        if start not in ("fresh", "previous", "nearest"):
-            raise BadInput(f"moe-cl: start={start!r} must be fresh, previous or nearest")
-        if routing not in ("top-1", "softmax"):
-            raise BadInput(f"moe-cl: routing={routing!r} must be top-1 or softmax")
-        if unknown is not None and (not isinstance(unknown, int | float) or not 0 < unknown <= 1):
-            raise BadInput(
-                f"moe-cl: unknown={unknown!r} must be a share of a task's prompts, above 0, or none"
-            )
-        numbers = {
-            "temperature": (temperature, 1e-9),
-            "adversary": (adversary, 0.0),
-            "protect": (protect, 0.0),
-            "discriminator_rate": (discriminator_rate, 1e-9),
-            "gate_rate": (gate_rate, 1e-9),
-        }
-        for name, (value, least) in numbers.items():
-            if not isinstance(value, int | float) or not least <= value < float("inf"):
-                raise BadInput(f"moe-cl: {name}={value!r} must be a finite number, {least:g} or more")
-        counts = {
-            "discriminator_steps": (discriminator_steps, 1),
-            "statistics": (statistics, 1),
-            "depth": (depth, 0),
-            "tasks": (tasks, 1),
-        }
-        for name, (count, fewest) in counts.items():
-            if not isinstance(count, int) or isinstance(count, bool) or count < fewest:
-                raise BadInput(f"moe-cl: {name}={count!r} must be a whole number, {fewest} or more")
+        parameters = inspect.signature(MoECL.__init__).parameters
+        check(self._arguments, {name: each.default for name, each in parameters.items()})
         super().__init__(samples)
         self.gate, self.weight, self.protect = gate, float(adversary), float(protect)
         self.freeze_shared_input, self.start = bool(freeze_shared_input), start
@@ -442,23 +415,3 @@ class MoECL(TaskExperts):
             return []
         newest = self._training[2]
         return [newest.layers[name].lora_A[newest.adapter].weight for name in self.before.factors]
-
-
-_OF_DEFAULT = frozenset(
-    {
-        *("gate", "protect", "freeze_shared_input", "discriminator_rate", "discriminator_steps", "gate_rate"),
-        *("statistics", "routing", "temperature"),
-    }
-)
-_OF_PUBLISHED = frozenset({"softmax_twice", "tasks"})
-
-
-def _refuse_idle(arguments: Mapping[str, Any]) -> None:
-    """``BadInput`` for an argument that the preset has no use for."""
-    preset = arguments.get("preset", "default")
-    if preset not in ("default", "published"):
-        raise BadInput(f"moe-cl: preset={preset!r} must be default or published")
-    idle = _OF_PUBLISHED if preset == "default" else _OF_DEFAULT
-    for name, parameter in inspect.signature(MoECL.__init__).parameters.items():
-        if name in idle and arguments.get(name, parameter.default) != parameter.default:
-            raise BadInput(f"moe-cl: {name}={arguments[name]!r} has no part in preset={preset}: leave it out")

@@ -17,6 +17,7 @@ from meristem.methods.architecture.moe_cl.ffn_modules import PROJECTIONS, ffn_mo
 from meristem.methods.architecture.moe_cl.ffn_runtime import FfnExperts
 from meristem.methods.architecture.moe_cl.method import MoECL
 from meristem.methods.architecture.moe_cl.published_adversary import Discriminators
+from meristem.methods.architecture.prototypes import Prototype
 from meristem.methods.architecture.task_experts import TaskExperts, Training, kept, shared_in
 from meristem.methods.base import Context, MethodState, Step
 
@@ -160,6 +161,9 @@ class PublishedMoECL(MoECL):
 
     def _oppose(self, ctx: Context) -> None:
         pass  # the adversary is there from the first task on
+
+    def _begin(self, prototype: Prototype) -> None:
+        pass  # a fresh expert for every task
 
     def _held(self) -> list[Tensor]:
         return []
