@@ -5,7 +5,8 @@
     experts.json           schema, the method that made it, the router, the experts in the order they were learned
     experts.safetensors    experts.N.MODULE.lora_A.weight (r, d_in), ...lora_B.weight (d_out, r), vectors.N (width)
                            with a shared expert: shared.MODULE.lora_A.weight and ...lora_B.weight, and of each expert its
-                           gates: static gates.N (modules, 2), by token gates.N.MODULE (2, d_in)
+                           gates: static gates.N (modules, 2), by token gates.N.MODULE (2, d_in); of whole FFNs one
+                           for all experts, gates.FFN (2, width), FFN the name without its last part
                            routed by prototypes: residuals.N (prompts kept, width) beside the mean vectors.N
 
 No ``adapter_config.json`` lies in it: plain PEFT must fail instead of loading one expert as if it were the version.
@@ -34,7 +35,7 @@ CONFIG, WEIGHTS = "experts.json", "experts.safetensors"
 _PEFT = "base_model.model."
 
 
-GateKind = Literal["static", "token"]
+GateKind = Literal["static", "token", "ffn"]
 
 
 def _given(fields: dict[str, Any], *optional: str) -> dict[str, Any]:
@@ -105,6 +106,8 @@ class Document(_Closed):
             for module in expert.targets
             for factor in "AB"
         }
+        if self.shared is not None and self.gates == "ffn":
+            found |= set(ffn_gate_names(self.shared).values())
         for at, expert in enumerate(self.experts):
             found |= {vector_name(at), *gate_names(at, expert, self.gates)}
             if self.router.metric == "mahalanobis":
@@ -145,9 +148,15 @@ def factor_name(expert: int | None, module: str, factor: str) -> str:
 
 
 def gate_names(expert: int, entry: ExpertEntry, kind: GateKind | None) -> list[str]:
-    if kind is None:
+    if kind is None or kind == "ffn":
         return []
     return [f"gates.{expert}"] if kind == "static" else [f"gates.{expert}.{m}" for m in entry.targets]
+
+
+def ffn_gate_names(entry: ExpertEntry) -> dict[str, str]:
+    """Full name of each FFN that ``entry`` has linear layers of -> the tensor of its gate."""
+    found = dict.fromkeys(module.rpartition(".")[0] for module in entry.targets)
+    return {ffn: f"gates.{ffn}" for ffn in found}
 
 
 def vector_name(expert: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
@@ -140,19 +141,24 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def adapter(folder: Path | None = None, dropout: float = 0.0) -> Any:
+ATTENTION = ("q_proj", "v_proj")
+
+
+def adapter(folder: Path | None = None, dropout: float = 0.0, targets: Sequence[str] = ATTENTION) -> Any:
     """The tiny model with a fresh LoRA, or with the one saved in ``folder``, ready to train."""
     if folder is not None:
         return PeftModel.from_pretrained(new_model(), str(folder), is_trainable=True)
-    lora = LoraConfig(r=4, lora_dropout=dropout, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    lora = LoraConfig(r=4, lora_dropout=dropout, target_modules=[*targets], task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         return get_peft_model(new_model(), lora)
 
 
-def first(folder: Path, methods: list[Any]) -> tuple[Any, dict[str, Any]]:
+def first(folder: Path, methods: list[Any], targets: Sequence[str] = ATTENTION) -> tuple[Any, dict[str, Any]]:
     """A first update on task A: its adapter and method state, kept in memory and saved under ``folder``."""
-    trainer = sft(folder / "first", methods, rows(6, "A"), model=adapter(dropout=0.2), task="A", **BRIEF)
+    trainer = sft(
+        folder / "first", methods, rows(6, "A"), model=adapter(None, 0.2, targets), task="A", **BRIEF
+    )
     trainer.train()
     trainer.model.save_pretrained(str(folder / "adapter"))
     _checkpoint.write(folder / "state", trainer.method_state(), 0)
@@ -169,12 +175,12 @@ def second(folder: Path, output: Path, methods: list[Any], **options: Any) -> An
     return sft(output, methods, rows(6, "B"), task="B", **saved, **BRIEF, **options)
 
 
-def assert_resumes(make: Any, folder: Path) -> Any:
+def assert_resumes(make: Any, folder: Path, targets: Sequence[str] = ATTENTION) -> Any:
     """An update from saved state, interrupted and resumed, ends in the bits of one that went on in memory.
 
     Returns the method state after it. The adapter it leaves is read by PEFT alone.
     """
-    model, kept = first(folder, make())
+    model, kept = first(folder, make(), targets)
     whole = second(folder, folder / "whole", make(), model=model, method_state=kept)
     start = weights(whole.model)
     whole.train()

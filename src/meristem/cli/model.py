@@ -126,6 +126,9 @@ def checkout(
         if made.experts:
             place["experts"] = list(made.experts)
             note += f" (experts, each a PEFT adapter in its folder: {', '.join(made.experts)}; the base is in base)"
+        elif made.meristem_alone:
+            place["experts"] = []
+            note += f" ({made.meristem_alone}; the base is in base)"
         elif made.base_folder:
             note += f" (PEFT adapter; its base is in {made.base_folder})"
         show(as_json, place, note)

@@ -33,12 +33,20 @@ _TOKENIZER_FILES = (
 class Checkout:
     """``folder`` loads as it is; for an adapter or experts ``base_folder`` holds the weights that they sit on.
 
-    ``experts``: names of the folders inside that hold one expert each, as a plain PEFT adapter.
+    ``experts``: names of the folders inside that hold one expert each, as a plain PEFT adapter. ``meristem_alone``: why
+    there are none, of experts that no such adapter is equal to.
     """
 
     folder: Path
     base_folder: Path | None
     experts: tuple[str, ...] = ()
+    meristem_alone: str = ""
+
+
+NO_ADAPTER = (
+    "experts that no PEFT adapter is equal to, their gates look at each token: Meristem's own engine serves them; "
+    "methods.architecture.moe_cl distils adapters that come near"
+)
 
 
 def cached(store: Store, content_digest: str, progress: Progress | None = None) -> Checkout:
@@ -55,7 +63,8 @@ def export(store: Store, version: VersionEntry, folder: Path, progress: Progress
     """Write a version to ``folder`` for use outside Meristem; an adapter gets its base in ``folder/base``.
 
     An adapter without a tokenizer of its own gets its base's beside it, as ``save_pretrained`` leaves it. Experts are
-    written as Meristem loads them, and each once more as a PEFT adapter in a folder of its own.
+    written as Meristem loads them, and each once more as a PEFT adapter in a folder of its own where there is an equal one;
+    where there is none, ``meristem.json`` and ``Checkout.meristem_alone`` say so.
 
     ``folder/meristem.json`` says which version it is. Raises ``BadInput`` when ``folder`` is not empty.
     """
@@ -79,13 +88,16 @@ def export(store: Store, version: VersionEntry, folder: Path, progress: Progress
             "content": version.content,
             "base": content.base,
         }
+        alone = NO_ADAPTER if content.kind == "experts" and not experts else ""
+        if alone:
+            about["peft"] = alone
         (temporary / "meristem.json").write_text(json.dumps(about, indent=2) + "\n")
         temporary.rename(folder)  # takes the place of an empty folder, and of nothing else
     except OSError as error:
         raise disk_failure(error, folder) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Checkout(folder, base, tuple(experts))
+    return Checkout(folder, base, tuple(experts), alone)
 
 
 def _add_tokenizer(base: Path, folder: Path) -> None:

@@ -27,14 +27,17 @@ FloatArray = NDArray[np.float32]
 
 
 def checkout(store: Store, content: Content, folder: Path, base_folder: Path) -> list[str]:
-    """Write each expert of ``content`` as a PEFT folder of its own below ``folder``; returns their names."""
+    """Write each expert of ``content`` as a PEFT folder of its own below ``folder``; returns their names.
+
+    None where gates look at tokens, or experts pass through an activation: no plain LoRA is equal to such an expert.
+    """
     document = experts_format.parse(
         EXPERTS_CONFIG, store.read_blob(content.files[EXPERTS_CONFIG]), content.tensors
     )
     names = experts_format.folder_names(
         document, {"base", "meristem.json", *content.files, *WEIGHTS.values()}
     )
-    if document.gates == "token":
+    if document.gates not in (None, "static"):
         return []
     places = store.locations(set(content.tensors.values()))
     for at, name in enumerate(names):

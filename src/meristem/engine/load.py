@@ -169,7 +169,13 @@ def _load_experts(folder: Path, base_folder: Path, dtype: torch.dtype) -> Any:
 
     model = _load_plain(base_folder, dtype)
     document, state = _read_experts(folder)
-    Experts(model, document.router, experts_in(state), shared=shared_in(state))
+    experts, shared = experts_in(state), shared_in(state)
+    if document.gates == "ffn":
+        from meristem.methods.architecture.moe_cl.ffn_runtime import FfnExperts, ffn_gates_in
+
+        FfnExperts(model, document.router, experts, shared=shared, gates=ffn_gates_in(state))
+    else:
+        Experts(model, document.router, experts, shared=shared)
     return model
 
 

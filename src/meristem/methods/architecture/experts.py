@@ -25,7 +25,7 @@ shared expert in training is the first rows of the same adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -147,13 +147,16 @@ class Experts:
         modules = dict(self.model.named_modules())
         everyone = [*self.frozen, *([shared] if shared is not None else [])]
         _refuse_misfits(self.model, modules, everyone)
-        for name in dict.fromkeys(name for expert in everyone for name in expert.factors):
-            own = {at: e for at, e in enumerate(frozen) if name in e.factors}
-            layer = FrozenLayer(name, own, shared, self)
-            self._hooks.append(modules[name].register_forward_hook(layer.add))
+        self._attach_frozen(modules, dict.fromkeys(name for expert in everyone for name in expert.factors))
         if newest is not None:
             self._attach_newest(newest)
         setattr(self.model, _PLACE, self)
+
+    def _attach_frozen(self, modules: Mapping[str, Any], names: Iterable[str]) -> None:
+        for name in names:
+            own = {at: e for at, e in enumerate(self.frozen) if name in e.factors}
+            layer = FrozenLayer(name, own, self.shared, self)
+            self._hooks.append(modules[name].register_forward_hook(layer.add))
 
     def _attach_newest(self, newest: Newest) -> None:
         for at, (name, module) in enumerate(newest.layers.items()):

@@ -220,7 +220,7 @@ def experts_in(state: MethodState) -> list[Expert]:
         gates = None
         if (stacked := tensors.get(*gate_names(at, about, "static"))) is not None:
             gates = dict(zip(about.targets, stacked, strict=True))
-        elif "shared" in state["json"]:
+        elif f"gates.{at}.{about.targets[0]}" in tensors:
             gates = {n: tensors[f"gates.{at}.{n}"] for n in about.targets}
         if (vector := tensors.get(vector_name(at))) is None:
             raise BadInput(

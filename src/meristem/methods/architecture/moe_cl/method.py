@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from meristem.methods.architecture._lora import fresh_rows, grow
 from meristem.methods.architecture.experts import Expert, Newest
 from meristem.methods.architecture.gates import Gates, Kind
 from meristem.methods.architecture.moe_cl.adversary import Adversary
+from meristem.methods.architecture.moe_cl.arguments import check
 from meristem.methods.architecture.moe_cl.codes import Anchor, CodeStatistics, Gatherer, row_means
 from meristem.methods.architecture.prototypes import SHRINKAGE, Prototype, blocks_of, pool, summarise
 from meristem.methods.architecture.task_experts import (
@@ -63,6 +65,7 @@ class MoECL(TaskExperts):
     ``shared-only`` and ``task-only``. ``gate_rate``: how far an optimizer's step moves static gates (``gates.Gates``).
     ``routing``, ``temperature``, ``depth``, ``unknown``: of the router (``prototypes``): one expert or a blend, by hidden
     states after ``depth`` blocks (all of a smaller model); outside that quantile of a task's own prompts a prompt is of no known task (None: never).
+    ``preset``: ``published`` is the paper's own computation (``published.PublishedMoECL``), with ``softmax_twice`` and ``tasks``.
     ``statistics``: rows that a task's code statistics are taken from; ``samples``: that its prototype is.
 
     Source: Kang et al. 2025 (arXiv 2509.18133), from the equations. Claims: less forgetting. Stages: cpt, cit. State: for
@@ -73,6 +76,13 @@ class MoECL(TaskExperts):
     grows = "one LoRA, its gates and statistics"
     newest_alone = True
     weight_copies = 1
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        if cls is MoECL and kwargs.get("preset") == "published":
+            from meristem.methods.architecture.moe_cl.published import PublishedMoECL
+
+            cls = PublishedMoECL  # type: ignore[assignment]
+        return super().__new__(cls, *args, **kwargs)
 
     def __init__(
         self,
@@ -90,35 +100,13 @@ class MoECL(TaskExperts):
         depth: int = 8,
         unknown: float | None = 0.98,
         samples: int = 512,
+        *,
+        preset: Literal["default", "published"] = "default",
+        softmax_twice: bool = False,
+        tasks: int = 4,
     ) -> None:
-        if gate not in ("static", "token", "shared-only", "task-only"):
-            raise BadInput(f"moe-cl: gate={gate!r} must be static, token, shared-only or task-only")
-        if start not in ("fresh", "previous", "nearest"):
-            raise BadInput(f"moe-cl: start={start!r} must be fresh, previous or nearest")
-        if routing not in ("top-1", "softmax"):
-            raise BadInput(f"moe-cl: routing={routing!r} must be top-1 or softmax")
-        if unknown is not None and (not isinstance(unknown, int | float) or not 0 < unknown <= 1):
-            raise BadInput(
-                f"moe-cl: unknown={unknown!r} must be a share of a task's prompts, above 0, or none"
-            )
-        numbers = {
-            "temperature": (temperature, 1e-9),
-            "adversary": (adversary, 0.0),
-            "protect": (protect, 0.0),
-            "discriminator_rate": (discriminator_rate, 1e-9),
-            "gate_rate": (gate_rate, 1e-9),
-        }
-        for name, (value, least) in numbers.items():
-            if not isinstance(value, int | float) or not least <= value < float("inf"):
-                raise BadInput(f"moe-cl: {name}={value!r} must be a finite number, {least:g} or more")
-        counts = {
-            "discriminator_steps": (discriminator_steps, 1),
-            "statistics": (statistics, 1),
-            "depth": (depth, 0),
-        }
-        for name, (count, fewest) in counts.items():
-            if not isinstance(count, int) or isinstance(count, bool) or count < fewest:
-                raise BadInput(f"moe-cl: {name}={count!r} must be a whole number, {fewest} or more")
+        parameters = inspect.signature(MoECL.__init__).parameters
+        check(self._arguments, {name: each.default for name, each in parameters.items()})
         super().__init__(samples)
         self.gate, self.weight, self.protect = gate, float(adversary), float(protect)
         self.freeze_shared_input, self.start = bool(freeze_shared_input), start
@@ -129,6 +117,7 @@ class MoECL(TaskExperts):
             float(gate_rate),
         )
         self.rows_for_statistics = statistics
+        self.softmax_twice, self.tasks = bool(softmax_twice), tasks
         self.base: str | None = None  # digest
         self.before: Expert | None = None  # the shared expert as earlier updates left it
         self.after: Expert | None = None  # and as this one does
@@ -198,9 +187,13 @@ class MoECL(TaskExperts):
 
     @torch.no_grad()
     def finish(self, ctx: Context) -> None:
-        assert self._training is not None and self.vector is not None
+        self._keep_experts()
+        self.statistics = [*self.statistics[: len(self.old)], self._measured(ctx)]
+
+    @torch.no_grad()
+    def _keep_experts(self) -> None:
+        assert self._training is not None
         _, about, newest = self._training
-        assert newest.gates is not None
         pairs = {
             name: (layer.lora_A[newest.adapter].weight, layer.lora_B[newest.adapter].weight)
             for name, layer in newest.layers.items()
@@ -212,8 +205,8 @@ class MoECL(TaskExperts):
         assert prototype is not None
         self.after = Expert(about.model_copy(update={"task": SHARED}), common, torch.empty(0))
         about = about.model_copy(update={"prompts": prototype.n})
-        self.new = Expert(about, own, prototype.mean, newest.gates.kept(), prototype.residuals)
-        self.statistics = [*self.statistics[: len(self.old)], self._measured(ctx)]
+        gates = newest.gates.kept() if newest.gates is not None else None
+        self.new = Expert(about, own, prototype.mean, gates, prototype.residuals)
 
     # ---- state ---------------------------------------------------------------------------------------------
 
