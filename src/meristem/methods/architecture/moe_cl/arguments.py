@@ -19,12 +19,13 @@ _LEAST = {
     "protect": 0.0,
     "discriminator_rate": 1e-9,
     "gate_rate": 1e-9,
+    "gate_sum": 1e-9,
 }
 _FEWEST = {"discriminator_steps": 1, "statistics": 1, "depth": 0, "tasks": 1}
 _OF_ONE_PRESET = {
     "default": [
         *("gate", "protect", "freeze_shared_input", "start", "discriminator_rate", "discriminator_steps"),
-        *("gate_rate", "statistics", "routing", "temperature"),
+        *("gate_rate", "gate_sum", "statistics", "routing", "temperature"),
     ],
     "published": ["softmax_twice", "tasks"],
 }

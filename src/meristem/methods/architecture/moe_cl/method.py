@@ -63,6 +63,7 @@ class MoECL(TaskExperts):
     training goes on from what that task's rows are answered by, while its own expert stays; ``fresh`` as in the paper.
     ``gate``: ``static``; ``token`` (softmax(V x), V (2, d_in) per task and layer: no exact LoRA); for ablations
     ``shared-only`` and ``task-only``. ``gate_rate``: how far an optimizer's step moves static gates (``gates.Gates``).
+    ``gate_sum``: what g_s and g_t sum to, kept in alpha: 1 in the paper, and with 2 each expert may count as a LoRA alone does.
     ``routing``, ``temperature``, ``depth``, ``unknown``: of the router (``prototypes``): one expert or a blend, by hidden
     states after ``depth`` blocks (all of a smaller model); outside that quantile of a task's own prompts a prompt is of no known task (None: never).
     ``preset``: ``published`` is the paper's own computation (``published.PublishedMoECL``), with ``softmax_twice`` and ``tasks``.
@@ -94,6 +95,7 @@ class MoECL(TaskExperts):
         discriminator_rate: float = 0.01,
         discriminator_steps: int = 1,
         gate_rate: float = 100.0,
+        gate_sum: float = 1.0,
         statistics: int = 64,
         routing: Literal["top-1", "softmax"] = "top-1",
         temperature: float = 1.0,
@@ -111,11 +113,8 @@ class MoECL(TaskExperts):
         self.gate, self.weight, self.protect = gate, float(adversary), float(protect)
         self.freeze_shared_input, self.start = bool(freeze_shared_input), start
         self.routing, self.temperature, self.depth, self.unknown = routing, float(temperature), depth, unknown
-        self.rate, self.steps, self.gate_rate = (
-            float(discriminator_rate),
-            discriminator_steps,
-            float(gate_rate),
-        )
+        self.rate, self.steps = float(discriminator_rate), discriminator_steps
+        self.gate_rate, self.gate_sum = float(gate_rate), gate_sum
         self.rows_for_statistics = statistics
         self.softmax_twice, self.tasks = bool(softmax_twice), tasks
         self.base: str | None = None  # digest
@@ -268,6 +267,7 @@ class MoECL(TaskExperts):
         adapter, layers = newest.adapter, newest.layers
         about = self._shape(about, newest)
         self._refuse_trained(newest)
+        scaling = about.alpha / about.rank
         for name, layer in layers.items():
             down, up = layer.lora_A[adapter], layer.lora_B[adapter]
             if layer.r[adapter] == about.rank:
@@ -276,6 +276,7 @@ class MoECL(TaskExperts):
                 down.weight[about.rank :].copy_(fresh_rows(about.rank, down.in_features, draw))
                 up.weight.zero_()
             layer.r[adapter], layer.lora_alpha[adapter] = 2 * about.rank, 2 * about.alpha
+            layer.scaling[adapter] = scaling
             if self.before is not None:
                 first, second = self.before.factors[name]
                 down.weight[: about.rank].copy_(first)
@@ -296,21 +297,21 @@ class MoECL(TaskExperts):
     def _shape(self, about: ExpertEntry, newest: Newest) -> ExpertEntry:
         """That of one expert: the adapter's, or half of one that the update before this left on the model."""
         if self.before is None:
-            return about
+            return about.model_copy(update={"alpha": about.alpha * self.gate_sum})
         wanted = self.before.about
         if about.rank == 2 * wanted.rank and self._is_last(newest):
             about = about.model_copy(update={"rank": wanted.rank, "alpha": wanted.alpha})
-        if (about.rank, about.alpha) != (wanted.rank, wanted.alpha):
+        if about.rank != wanted.rank or wanted.alpha not in (about.alpha, about.alpha * self.gate_sum):
             raise BadInput(
                 f"moe-cl: rank {about.rank}, alpha {about.alpha} do not go with the stored experts, which share one of "
-                f"rank {wanted.rank}, alpha {wanted.alpha}: give the LoRA theirs"
+                f"rank {wanted.rank}, alpha {wanted.alpha / self.gate_sum:g}: give the LoRA theirs"
             )
         if set(about.targets) != set(wanted.targets):
             odd = sorted(set(about.targets) ^ set(wanted.targets))[0]
             raise BadInput(
                 f"moe-cl: {odd} has an expert only here or only in the stored set: adapt the same layers"
             )
-        return about.model_copy(update={"targets": wanted.targets})
+        return about.model_copy(update={"targets": wanted.targets, "alpha": wanted.alpha})
 
     def _is_last(self, newest: Newest) -> bool:
         """Whether the adapter is what the update before this one trained."""
