@@ -19,6 +19,7 @@ from tests.methods.test_moe_cl_published import (
     padded,
     reference,
 )
+from tests.methods.test_task_experts import Measure
 from tests.tiny import new_model, tiny_model, tiny_tokenizer
 from tests.training.stream import plain, rows, sft, tokens
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -29,10 +30,10 @@ from meristem.experts_format import ExpertEntry
 from meristem.methods import build
 from meristem.methods.architecture.experts import Expert, of
 from meristem.methods.architecture.moe_cl import MoECL
-from meristem.methods.architecture.moe_cl.ffn_export import distill_expert
+from meristem.methods.architecture.moe_cl.ffn_export import _start, distill_expert
+from meristem.methods.architecture.moe_cl.ffn_runtime import FfnExperts, ffn_gates_in
 from meristem.methods.architecture.moe_cl.published import PublishedMoECL
-from meristem.methods.architecture.task_experts import state_of
-from meristem.methods.replay.experience_replay import ExperienceReplay
+from meristem.methods.architecture.task_experts import experts_in, shared_in, state_of
 
 TARGETS = [f"{name}.{part}" for name in MLPS for part in PARTS]
 NAME = "moe-cl"
@@ -215,8 +216,12 @@ def test_replayed_rows_are_their_own_experts(tmp_path):
     caught = {}
     mlp = model.get_base_model().model.layers[0].mlp
     mlp.register_forward_hook(lambda m, i, o: caught.update(x=i[0].detach(), y=o.detach()))
+    game, told = trainer.methods[0]._game, []
+    plainly = game.loss
+    game.loss = lambda tasks: (told.append(tasks.tolist()), plainly(tasks))[1]
     trainer.train()
     (owners,) = look.owners[:1]
+    assert told == [owners.argmax(1).tolist()]  # and the discriminators are told the same
     name, base = MLPS[0], double().get_submodule(MLPS[0])
     x, y = caught["x"], caught["y"]
     newest = of(model).mixtures.experts[-1]
@@ -228,6 +233,53 @@ def test_replayed_rows_are_their_own_experts(tmp_path):
         )
         torch.testing.assert_close(y[row], expected, rtol=1e-6, atol=1e-8)
     assert sorted(owners.argmax(1).tolist()) == [0, 2, 2]
+
+
+def test_until_it_is_finished_the_state_is_the_one_before_and_so_is_the_model_without_its_adapter(tmp_path):
+    model, ids = adapted(double), torch.tensor([list(b"A:0=")])
+    trainer = plain(
+        tmp_path, [published()], tokens(rows(2, "C")), model=model, task="C", method_state=learned("A", "B")
+    )
+    method, name = trainer.methods[0], MLPS[0]
+    model.eval()
+    with torch.no_grad(), model.disable_adapter():
+        before = model(input_ids=ids).logits
+    with torch.no_grad():
+        for parameter in (*method._gates_now.values(), *method._heads.values()):
+            parameter += 1
+        method._gates_now[name][0] += 1
+    now = method.state_dict()["tensors"]
+    for kind, drawn in (("gates", gates()), ("discriminators", heads())):
+        assert torch.equal(now[f"{kind}.{name}"], drawn[name])
+        assert not torch.equal(now[f"training.{kind}.{name}"], drawn[name])
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(input_ids=ids).logits, before)
+        assert not torch.allclose(before, double()(input_ids=ids).logits)
+
+
+def test_beside_a_method_that_looks_at_rows_of_its_own(tmp_path):
+    """Its forward comes between the trainer's and the discriminators' loss, and takes nothing from it."""
+    ends = []
+    for methods in ([published()], [Measure(), published()]):
+        trainer = update(tmp_path, "C", learned("A"), methods=methods, model=adapted(double))
+        ends.append(trainer.method_state()[NAME]["tensors"])
+    torch.testing.assert_close(*ends)
+
+
+def test_distillation_starts_at_the_mean_gates():
+    state, given = learned("A", "B")[NAME], tokens(rows(3, "A"))
+    experts = FfnExperts(
+        double(), published().router(), experts_in(state), shared=shared_in(state), gates=ffn_gates_in(state)
+    )
+    experts.pin, inputs, model = 0, [], double()
+    model.get_submodule(MLPS[0]).register_forward_hook(lambda m, i, o: inputs.append(i[0][0]))
+    for row in given:
+        model(input_ids=torch.tensor([row["input_ids"]]))
+    share = (torch.cat(inputs) @ gates()[MLPS[0]].T).softmax(-1)[:, 1].mean().item()
+    down, up = _start(experts, experts.frozen[0], given).factors[TARGETS[0]]
+    (a_0, b_0), (a_t, b_t) = lora(1).factors[TARGETS[0]], lora(2).factors[TARGETS[0]]
+    assert torch.equal(down, torch.cat([a_0, a_t])) and abs(share - 0.5) > 1e-3
+    torch.testing.assert_close(up, torch.cat([(1 - share) * b_0, share * b_t], 1))
 
 
 def test_an_expert_distilled_from_a_version_is_a_plain_adapter_near_it(tmp_path):
@@ -309,4 +361,3 @@ def test_what_cannot_work_is_refused_by_name(tmp_path):
     state[NAME]["json"]["base"] = "sha256:another"
     with pytest.raises(BadInput, match="trained on another base"):
         update(tmp_path, "C", state)
-    assert ExperienceReplay  # goes with it: rows of old tasks keep their own experts
