@@ -16,6 +16,7 @@ from meristem.methods.architecture.experts import Expert
 from meristem.methods.architecture.moe_cl.codes import CodeStatistics
 from meristem.methods.architecture.prototypes import hidden_features, summarise
 from meristem.methods.architecture.task_experts import state_of
+from meristem.methods.base import Method
 
 RANK, ALPHA = 2, 6
 LORA = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -125,3 +126,15 @@ def factors(model: Any) -> Mapping[str, tuple[Tensor, Tensor]]:
         for name, layer in model.get_base_model().named_modules()
         if hasattr(layer, "lora_A")
     }
+
+
+class Gradients(Method):
+    """Keeps those of the first step."""
+
+    name = "gradients"
+
+    def __init__(self):
+        self.found = None
+
+    def gradients(self, params):
+        self.found = self.found or {name: p.grad.clone() for name, p in params.items() if p.grad is not None}

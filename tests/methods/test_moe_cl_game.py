@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tests.methods.mixtures import TARGETS, adapted, stored
+from tests.methods.mixtures import TARGETS, Gradients, adapted, stored
 from tests.tiny import new_model
 from tests.training.stream import plain, rows, tokens
 from torch.nn.functional import cross_entropy
@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy
 from meristem.methods.architecture.moe_cl import MoECL
 from meristem.methods.architecture.moe_cl.adversary import Adversary
 from meristem.methods.architecture.moe_cl.codes import Anchor, CodeStatistics, Gatherer
-from meristem.methods.base import Method
 
 R, WIDTHS = 3, (5, 4, 5)  # layers of two widths
 
@@ -227,18 +226,6 @@ def test_drift_is_the_mean_squared_change_of_the_shared_outputs_on_raw_inputs():
 
 
 # ---- the game in training --------------------------------------------------------------------------------------
-
-
-class Gradients(Method):
-    """Keeps those of the first step."""
-
-    name = "gradients"
-
-    def __init__(self):
-        self.found = None
-
-    def gradients(self, params):
-        self.found = self.found or {name: p.grad.clone() for name, p in params.items() if p.grad is not None}
 
 
 def test_the_game_reaches_nothing_but_the_shared_b(tmp_path):
