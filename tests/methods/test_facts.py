@@ -21,11 +21,15 @@ from transformers import TrainerCallback
 from meristem.cli.method import list_
 from meristem.errors import BadInput
 from meristem.methods import Context, available, build, registry
+from meristem.methods.architecture.experts import Expert
+from meristem.methods.architecture.moe_cl.adversary import Adversary
+from meristem.methods.architecture.moe_cl.codes import Anchor
 from meristem.methods.base import HOOKS, trainable
 from meristem.methods.facts import DECLARED, TRAINERS, all_facts, facts
 from meristem.methods.table import BEGIN, END, HEADINGS, cells, markdown, replaced
 
 ROOT = Path(__file__).parents[2]
+HOLDERS = dict | list | Expert | Adversary | Anchor
 ARGUMENTS = {
     "experience-replay": {"ratio": 0.5, "capacity": 3},
     "mer": {"ratio": 0.5, "capacity": 3},
@@ -38,7 +42,7 @@ def numbers_in(value):
     """In all tensors that are kept under ``value``, however deep."""
     if isinstance(value, torch.Tensor):
         return value.numel()
-    if is_dataclass(value) and not isinstance(value, type):
+    if (is_dataclass(value) and not isinstance(value, type)) or isinstance(value, Adversary | Anchor):
         value = vars(value)
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return sum(map(numbers_in, parts))
@@ -52,7 +56,7 @@ class Held(TrainerCallback):
 
     def on_step_end(self, args, state, control, model, **kwargs):
         size = sum(p.numel() for p in trainable(model).values())
-        kept = [v for v in vars(self.method).values() if isinstance(v, dict | list)]
+        kept = [v for v in vars(self.method).values() if isinstance(v, HOLDERS)]
         self.copies = numbers_in(kept) / size + self.method.needs_before
 
 
@@ -127,7 +131,7 @@ def test_old_rows_memory_and_growth_are_as_declared(name, tmp_path):
     assert not of_weights or build(name).weight_state
     grown = with_state.size - first.size
     assert (grown > 0) is bool(declared.grows) or (declared.fresh_adapter and declared.grows), grown
-    [state] = with_state.state.values()
+    [state] = first.state.values()
     numbers = sum(v.numel() for v in state["tensors"].values())
     lasting = numbers / with_state.trained if declared.grows else 0
     assert math.ceil(max(0, round(with_state.held.copies - lasting, 6))) == declared.weight_copies
