@@ -8,21 +8,25 @@ what is timed, sends every prompt of the set *mixed* to an expert of its own and
 one. Both sides are engines of this project on one base (``meristem.engine.load``), plain PEFT being PEFT's own layers,
 with a LoRA of the same rank and with one of twice that, which is what an expert exports to.
 
-Every side is a process of its own, and they take turns: each does a piece of work while the others wait, then
-the other way round, so what else the machine does meets them alike. A ratio is the median over the rounds (the first
-left out); processor time stands beside wall time. Sides that the file has are measured again with them all.
+All engines are in one process and take turns, piece of work by piece of work and every other round the other way
+round, so that what else the machine does meets them alike. A ratio is the median over the rounds, the first left
+out; processor time stands beside wall time. Memory is what loading adds to the resident set, and the most that a
+piece of work adds to that. Generation ignores stop tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import gzip
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +36,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.method_cost import heard
 from meristem.ecosystem.sources import open_source
+from meristem.engine.generate import generate
+from meristem.engine.load import load
+from meristem.engine.prompts import encode_options, encode_prompt
+from meristem.engine.score import score_options
 from meristem.experts_format import CONFIG, WEIGHTS, Document, ExpertEntry, RouterEntry
-from meristem.methods.architecture.experts import Expert
+from meristem.methods.architecture.experts import Expert, of
 from meristem.methods.architecture.prototypes import hidden_features
 from meristem.methods.architecture.task_experts import state_of
 from meristem.store.files import write_file_durably
@@ -58,15 +65,11 @@ def main() -> None:
     args = arguments()
     with nullcontext(args.model) if args.model else open_source("embedded") as model:
         with tempfile.TemporaryDirectory() as scratch:
+            torch.set_num_threads(args.threads)
             prompts = questions(args)
             folders = made(Path(scratch), Path(model), prompts, args)
             found = in_turns(folders, str(model), prompts, args)
-    settings = {
-        name: getattr(args, name) for name in ("rank", "prompts", "new_tokens", "rounds", "threads", "dtype")
-    }
-    report = {"settings": {**settings, "data": args.data.name}, "sides": found}
-    write_file_durably(args.out, (json.dumps(report, indent=1) + "\n").encode())
-    print(table(report))
+    print(table(found))
 
 
 def arguments() -> Any:
@@ -78,7 +81,7 @@ def arguments() -> Any:
     parser.add_argument("--model", type=Path, help="a Hugging Face folder (default: the embedded LLM)")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=14, help="in each of the two sets, 14 at most")
-    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16")
@@ -169,39 +172,80 @@ def save_experts(
 def in_turns(
     folders: dict[str, Path], model: str, prompts: dict[str, list[dict[str, Any]]], args: Any
 ) -> dict[str, Any]:
-    common = {
-        "model": model,
-        "threads": args.threads,
-        "dtype": args.dtype,
-        "new_tokens": args.new_tokens,
-        "prompts": prompts,
-        "tasks": WORK,
-    }
-    workers, found = {}, {}
-    try:
-        for side, folder in folders.items():  # one loads at a time
-            workers[side] = worker({**common, "folder": str(folder)})
-            found[side] = {**heard(workers[side]), **{work: {"wall": [], "cpu": []} for work in WORK}}
-        for number in range(args.rounds + 1):
-            for work in WORK:
-                for side in list(workers) if number % 2 else list(reversed(workers)):
-                    took = heard(workers[side], work)
-                    if number:
-                        for clock in ("wall", "cpu"):
-                            found[side][work][clock].append(round(took[clock], 4))
-                    found[side][work]["experts"] = took["experts"]
-                    found[side]["peak_mib"] = round(took["peak_kib"] / 1024)
-            print(f"round {number} of {args.rounds}", file=sys.stderr)
-    finally:
-        for process in workers.values():
-            process.terminate()
-            process.wait()
+    engines, found = {}, {}
+    for side, folder in folders.items():
+        gc.collect()
+        before = memory("VmRSS")
+        took, engines[side] = timed(lambda folder=folder: load(folder, base_folder=model, dtype=args.dtype))
+        found[side] = {"load": took, "loaded_mib": round(memory("VmRSS") - before)}
+        found[side] |= {work: {"wall": [], "cpu": [], "extra_mib": 0} for work in works(side)}
+    for number in range(args.rounds + 1):
+        for work in WORK:
+            sides = [side for side in engines if work in works(side)]
+            for side in sides if number % 2 else sides[::-1]:
+                kind, which = work.split()
+                before = memory("VmRSS", reset=True)
+                took, _ = timed(lambda: KINDS[kind](engines[side], prompts[which], args.new_tokens))
+                one = found[side][work]
+                one["experts"] = in_use(engines[side])
+                one["extra_mib"] = max(one["extra_mib"], round(memory("VmHWM") - before))
+                if number:
+                    for clock, seconds in took.items():
+                        one[clock].append(seconds)
+        if number:
+            keep(args, found)
+        print(f"round {number} of {args.rounds}", file=sys.stderr)
     return found
 
 
-def worker(orders: dict[str, Any]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "benchmarks.expert_speed_worker", json.dumps(orders)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def works(side: str) -> list[str]:
+    """The depth of the router is compared on mixed prompts alone."""
+    return [work for work in WORK if "depth" not in side or "mixed" in work]
+
+
+def timed(run: Callable[[], Any]) -> tuple[dict[str, float], Any]:
+    began, busy = time.perf_counter(), time.process_time()
+    found = run()
+    return {
+        "wall": round(time.perf_counter() - began, 4),
+        "cpu": round(time.process_time() - busy, 4),
+    }, found
+
+
+def score(engine: Any, rows: list[dict[str, Any]], _: int) -> None:
+    encoded = [encode_options(engine, row["prompt"], row["options"], "text") for row in rows]
+    score_options(engine, [context for context, _ in encoded], [options for _, options in encoded])
+
+
+def write(engine: Any, rows: list[dict[str, Any]], new_tokens: int) -> None:
+    """The same number of tokens after each prompt, whatever is said."""
+    prompts = [encode_prompt(engine, row["prompt"], "text") for row in rows]
+    generate(replace(engine, stop_ids=()), prompts, max_new_tokens=new_tokens)
+
+
+KINDS = {"score": score, "generate": write}
+
+
+def in_use(engine: Any) -> int:
+    """How many experts the latest batch was routed to."""
+    attached = of(engine.model)
+    return 0 if attached is None or attached.routing is None else len(attached.routing.active)
+
+
+def memory(kind: str, reset: bool = False) -> float:
+    """MiB resident now (VmRSS), or at most (VmHWM) since the last ``reset``."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(kind)).split()[1]) / 1024
+
+
+def keep(args: Any, found: dict[str, Any]) -> None:
+    names = ("rank", "prompts", "new_tokens", "rounds", "threads", "dtype")
+    settings = {**{name: getattr(args, name) for name in names}, "data": args.data.name}
+    write_file_durably(
+        args.out, (json.dumps({"settings": settings, "sides": found}, indent=1) + "\n").encode()
+    )
 
 
 def ratio(side: dict[str, Any], base: dict[str, Any], work: str, clock: str) -> float:
@@ -209,18 +253,20 @@ def ratio(side: dict[str, Any], base: dict[str, Any], work: str, clock: str) -> 
     return statistics.median(mine / other for mine, other in pairs)
 
 
-def table(report: dict[str, Any]) -> str:
-    sides = report["sides"]
-    lines = [
-        "| | " + " | ".join(WORK) + " | loaded MiB | peak MiB | load s |",
-        "|---" * (len(WORK) + 4) + "|",
-    ]
+def table(sides: dict[str, Any]) -> str:
+    """Times as multiples of the LoRA of the same rank."""
+    lines = ["| | " + " | ".join([*WORK, "loaded MiB", "more at work MiB", "load s"]) + " |"]
+    lines.append("|---" * (len(WORK) + 4) + "|")
     for name, side in sides.items():
         cells = [
-            f"{ratio(side, sides[BASELINE], work, 'wall'):.2f} (cpu {ratio(side, sides[BASELINE], work, 'cpu'):.2f})"
+            " (cpu ".join(f"{ratio(side, sides[BASELINE], work, clock):.2f}" for clock in ("wall", "cpu"))
+            + ")"
+            if work in side
+            else ""
             for work in WORK
         ]
-        cells += [f"{side['loaded_mib']:.0f}", str(side["peak_mib"]), f"{side['load_cpu']:.2f}"]
+        extra = max(side[work]["extra_mib"] for work in WORK if work in side)
+        cells += [str(side["loaded_mib"]), str(extra), f"{side['load']['cpu']:.2f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
