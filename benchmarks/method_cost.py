@@ -42,7 +42,14 @@ EMPTY = {
     "empty seam, lean off": {**SEAM, "lean": False},
     "empty seam": SEAM,
 }
+BESIDE: dict[str, dict[str, Variant]] = {  # measured with a method: what it is also compared with
+    "moe-cl": {
+        "moe-cl, lean off": {**SEAM, "lean": False, "method": {"name": "moe-cl", "arguments": {}}},
+        "moe-cl as two branches": {**TRL, "two_branches": "moe-cl"},
+    }
+}
 LINES = {
+    "moe-cl": 1.5,
     "experience-replay": 1.15,
     "ewc": 1.15,
     "o-lora": 1.15,
@@ -103,6 +110,7 @@ def group(name: str, model: str, args: Any) -> dict[str, Any]:
         if "cit" not in load(name).stages:
             raise BadInput(f"works in stages {', '.join(sorted(load(name).stages))}")
         variants = {"TRL": TRL, "empty seam": SEAM, name: {**SEAM, "method": {"name": name, "arguments": {}}}}
+        variants |= BESIDE.get(name, {})
     common = {
         "data": str(args.data.resolve()) if args.data else None,
         "dtype": args.dtype,
@@ -116,9 +124,8 @@ def group(name: str, model: str, args: Any) -> dict[str, Any]:
         runs = {label: {**common, **one} for label, one in variants.items()}
         learned: dict[str, Any] = {}
         for label, orders in runs.items():
-            kind = (
-                name if label == name else "empty seam"
-            )  # the three without a method begin with one adapter
+            # those without a method begin with one adapter
+            kind = name if orders["method"] or "two_branches" in orders else "empty seam"
             orders["folder"] = f"{scratch}/{kind}"
             if kind not in learned:
                 print(f"{name}: first task of {kind}", file=sys.stderr)
@@ -230,7 +237,7 @@ def table(found: dict[str, Any]) -> str:
             lines.append(f"| {name} | refused: {one['refused']} |")
             continue
         runs = one["runs"]
-        for label in runs if name == "empty" else [name]:
+        for label in runs if name == "empty" else [name, *BESIDE.get(name, {})]:
             lines.append(row(label, runs[label], runs["TRL"], runs["empty seam"]))
     if runs := found["groups"].get("empty", {}).get("runs"):
         far = [f"{label} {apart(run, runs['TRL']):g}" for label, run in runs.items() if label != "TRL"]

@@ -21,11 +21,14 @@ from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
+from benchmarks.moe_cl_reference import ReferenceTrainer, two_branches
 from meristem._quiet import quiet_libraries
 from meristem.config import Lora, MethodConfig, Recipe
 from meristem.data.formats import read_rows
 from meristem.demo.story import DATA, TASKS
+from meristem.engine.load import load_for_training
 from meristem.errors import MeristemError
+from meristem.methods.base import MethodState
 from meristem.training import cit
 from meristem.training.adapters import trainable_model
 
@@ -87,13 +90,7 @@ def measured(orders: dict[str, Any], answers: TextIO) -> None:
     """Learns the second task step by step."""
     old, rows = two_tasks(orders)
     folder, names = orders["folder"], [orders["method"]["name"]] if orders["method"] else []
-    state: dict[str, Any] = {
-        name: {
-            "tensors": load_file(f"{folder}/{name}.state"),
-            "json": json.loads(Path(folder, f"{name}.json").read_text()),
-        }
-        for name in names
-    }
+    state = {name: method_state(name, folder) for name in names}
     holder: list[Any] = []
     gate = Gate(answers, holder)
     started = time.process_time()
@@ -107,6 +104,12 @@ def measured(orders: dict[str, Any], answers: TextIO) -> None:
         answers,
         {"prepare_cpu": prepared, "finish_cpu": spent, "peak_kib": peak_kib(), "losses": losses},
     )
+
+
+def method_state(name: str, folder: str) -> MethodState:
+    """What ``first`` left of one method."""
+    document = json.loads(Path(folder, f"{name}.json").read_text())
+    return {"tensors": load_file(f"{folder}/{name}.state"), "json": document}
 
 
 def built(
@@ -138,11 +141,16 @@ def built(
             output=output,
             callbacks=callbacks,
         )
-    model, tokenizer = trainable_model(recipe, *paths)
+    if branches := orders.get("two_branches"):
+        model, tokenizer = load_for_training(Path(orders["model"]), None, orders["dtype"])
+        game = two_branches(model, method_state(branches, folder))
+        trainer_cls: Any = type("Trainer", (ReferenceTrainer,), {"game": game})
+    else:
+        (model, tokenizer), trainer_cls = trainable_model(recipe, *paths), SFTTrainer
     arguments = cit.training_arguments(recipe, output)
     if orders["checkpointing"]:  # transformers reads the second, TRL the first
         arguments.gradient_checkpointing = arguments.activation_checkpointing = True
-    trainer = SFTTrainer(
+    trainer = trainer_cls(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list([cit.as_prompt_completion(row) for row in rows]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -136,7 +137,7 @@ def _generate_batch(
 ) -> list[list[list[Any]]]:
     """Per prompt and sample: [text, tokens, finished]."""
     ids, mask = left_pad(prompts, engine.pad_id, engine.settings.device)
-    with routed(engine.model, lambda: prompts):
+    with routed(engine.model, lambda: prompts) if way.samples > 1 else nullcontext():
         inputs = _expanded(engine, ids, mask, way.samples)
     stops = _Stops(engine.tokenizer, way.stop, ids.shape[1])
     repeated = routed(engine.model, lambda: [prompt for prompt in prompts for _ in range(way.samples)])

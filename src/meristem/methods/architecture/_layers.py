@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,82 +18,131 @@ if TYPE_CHECKING:
     from meristem.methods.architecture.experts import Expert, Experts, Newest
 
 _SHARED = -1
+LONG = 8  # tokens of a row from which gathering its experts is less work than a product with everybody's
 
 
 class FrozenLayer:
-    """The frozen experts of one layer: A (R, d_in), B^T (R, d_out), and of each of the R rows its owner and scale.
+    """The frozen experts of one layer, whose tensors stay where they are: a batch joins those that it uses.
 
-    The rows of a shared expert come first. What a row counts stands in one of the *columns* (batch, 1 + n), the shared
-    expert's and those of the n experts in use; (batch, length, 1 + n) where gates look at each token.
+    What a row counts stands in *columns* (batch, n), those of the n experts in use, a shared one's first; (batch,
+    length, n) where gates look at each token. Where each row has one expert and the rows are long, their experts are
+    gathered row by row instead: a batch that mixes tasks then costs what one of a single task does.
     """
 
     def __init__(
         self, name: str, experts: Mapping[int, Expert], shared: Expert | None, whole: Experts
     ) -> None:
-        self.name, self.whole, self.at = name, whole, tuple(experts)
+        self.name, self.whole, self.place = name, whole, {at: place for place, at in enumerate(experts)}
         owners = dict(experts)
         if shared is not None and name in shared.factors:
             owners = {_SHARED: shared, **owners}
-        parts = list(owners.values())
-        self.down = torch.cat([part.factors[name][0] for part in parts])
-        self.up = torch.cat([part.factors[name][1].T for part in parts])
-        exact = torch.promote_types(self.down.dtype, torch.float32)
-        ranks = torch.tensor([part.about.rank for part in parts])
-        self.owner = torch.tensor(list(owners)).repeat_interleave(ranks)
-        self.scale = torch.tensor([part.scale for part in parts], dtype=exact).repeat_interleave(ranks)
         self.shared = _SHARED in owners
+        self.factors = {at: (e.factors[name][0], e.factors[name][1].T) for at, e in owners.items()}
+        self.scale = {at: e.scale for at, e in owners.items()}
         self.gates = stacked_gates(experts.values(), name)
-        self._chosen: tuple[Any, tuple[Tensor, ...]] | None = None
-        self._counted: tuple[Any, Routing, Tensor] | None = None
+        self._joined: tuple[Any, tuple[Tensor, ...]] | None = None
+        self._kept: tuple[Routing, bool, InUse] | None = None
 
     def add(self, module: Any, inputs: Any, output: Tensor) -> Tensor:
         routing = self.whole.present()
         if routing is None:
             return output
-        active = tuple(at for at in self.at if at in routing.active)
-        shared = self.shared and self.whole.shared_is_frozen()
-        if not active and not shared:
+        x: Tensor = inputs[0]
+        used = self._in_use(routing, x)
+        if used is None:
             return output
-        down, up, scale, column = self._of(active, shared, output.device)
-        weights = self._weights(routing, active, shared, inputs[0])[..., column] * scale
-        hidden = linear(inputs[0].to(down.dtype), down)
-        hidden = (hidden * by_row(weights, hidden, self.name)).to(up.dtype)
-        return (output + hidden @ up).to(output.dtype)
+        weights = by_row(used.weights, x, self.name)
+        x = x.to(used.down.dtype)
+        if used.choice is not None and x.shape[1] >= LONG:
+            down, up, weights = used.gathered(used.choice, weights)
+            hidden = torch.bmm(x, down.mT)
+        else:
+            up, hidden = used.up, linear(x, used.down)
+        return (output + (hidden * weights).to(up.dtype) @ up).to(output.dtype)
 
-    def _weights(self, routing: Routing, active: tuple[int, ...], shared: bool, x: Tensor) -> Tensor:
-        """The columns; those that no token decides are kept while the routing stays, as it does with a cache."""
+    def _in_use(self, routing: Routing, x: Tensor) -> InUse | None:
+        """None where no expert has a part. Kept while the routing stays, as it does with a cache."""
+        shared = self.shared and self.whole.shared_is_frozen()
+        if self._kept is not None and self._kept[0] is routing and self._kept[1] == shared:
+            return self._kept[2]
+        active = tuple(at for at in routing.active if at in self.place)
+        if not active and not shared:
+            return None
+        down, up, scale, column = self._together(active, shared, x.device)
+        columns = self._columns(routing, active, shared, x)
+        choice, rank = self._choice(routing, active, shared), int((column == 0).sum())
+        used = InUse(down, up, columns[..., column] * scale, choice, rank)
+        if columns.dim() == 2 and not columns.requires_grad:
+            self._kept = routing, shared, used
+        return used
+
+    def _columns(self, routing: Routing, active: tuple[int, ...], shared: bool, x: Tensor) -> Tensor:
         given = routing.weights[:, list(active)]
         if self.gates is None:
             return given
-        if self._counted is not None and self._counted[0] == (active, shared) and self._counted[1] is routing:
-            return self._counted[2]
         self.gates = self.gates.to(x.device)
-        used = [self.at.index(at) for at in active]
+        used = [self.place[at] for at in active]
         whole, own = gates.divide(self.gates, used, given, routing.unknown, x)
-        found = torch.cat([whole[..., None], own], -1) if shared else own
-        if self.gates.dim() == 2 and not found.requires_grad:
-            self._counted = (active, shared), routing, found
-        return found
+        return torch.cat([whole[..., None], own], -1) if shared else own
 
-    def _of(self, active: tuple[int, ...], shared: bool, device: torch.device) -> tuple[Tensor, ...]:
-        """The rows in use, and the column of each; kept for the next batch, which often has the same."""
-        if self.down.device != device:
-            self.down, self.up, self.owner, self.scale = (
-                part.to(device) for part in (self.down, self.up, self.owner, self.scale)
-            )
-            self._chosen = None
-        if self._chosen is None or self._chosen[0] != (active, shared):
-            owners = [*([_SHARED] if shared else []), *active]
-            rows = torch.isin(self.owner, torch.tensor(owners, device=device)).nonzero()[:, 0]
-            column = torch.searchsorted(torch.tensor(owners, device=device), self.owner[rows])
-            parts = self.down, self.up, self.scale
-            first, last = int(rows[0]), int(rows[-1]) + 1
-            if last - first == len(rows):  # they stand together: nothing is copied
-                chosen = tuple(part[first:last] for part in parts)
-            else:
-                chosen = tuple(part[rows] for part in parts)
-            self._chosen = (active, shared), (*chosen, column)
-        return self._chosen[1]
+    def _choice(self, routing: Routing, active: tuple[int, ...], shared: bool) -> Tensor | None:
+        """(batch, m): of the joined experts those of each row; None where rows blend them, or have no choice."""
+        ranks = {len(self.factors[at][0]) for at in self._owners(active, shared)}
+        if len(active) < 2 or len(ranks) > 1 or routing.choice is None:
+            return None
+        place = {at: n for n, at in enumerate(active, start=int(shared))}
+        own = [place.get(at, int(shared)) for at in routing.choice]  # of none here: any, which counts 0
+        rows = [[0, at] if shared else [at] for at in own]
+        return torch.tensor(rows, device=routing.weights.device)
+
+    def _together(self, active: tuple[int, ...], shared: bool, device: torch.device) -> tuple[Tensor, ...]:
+        """A (R, d_in), B^T (R, d_out), and of each of the R rows its scale and its column.
+
+        Kept for the next batch, which often has the same; an expert alone is not copied.
+        """
+        if self._joined is None or self._joined[0] != (active, shared, device):
+            with torch.inference_mode(False):  # what is kept may meet a batch that is trained on
+                self._joined = (active, shared, device), self._join(active, shared, device)
+        return self._joined[1]
+
+    def _join(self, active: tuple[int, ...], shared: bool, device: torch.device) -> tuple[Tensor, ...]:
+        owners = self._owners(active, shared)
+        for at in owners:
+            down, up = self.factors[at]
+            self.factors[at] = down.to(device), up.to(device)
+        downs, ups = zip(*(self.factors[at] for at in owners), strict=True)
+        down, up = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (downs, ups))
+        ranks = torch.tensor([len(part) for part in downs])
+        exact = torch.promote_types(down.dtype, torch.float32)
+        scale = torch.tensor([self.scale[at] for at in owners], dtype=exact).repeat_interleave(ranks)
+        column = torch.arange(len(owners)).repeat_interleave(ranks)
+        return down, up, scale.to(device), column.to(device)
+
+    @staticmethod
+    def _owners(active: tuple[int, ...], shared: bool) -> list[int]:
+        return [*([_SHARED] if shared else []), *active]
+
+
+@dataclass(frozen=True)
+class InUse:
+    """Of the experts that a batch uses in one layer: A (R, d_in), B^T (R, d_out) of all of them joined.
+
+    ``weights`` (batch, R), by token (batch, length, R). ``choice`` (batch, m): which m of the experts, then of one
+    rank, a row has; all others count nothing there.
+    """
+
+    down: Tensor
+    up: Tensor
+    weights: Tensor
+    choice: Tensor | None
+    rank: int  # of the first of them
+
+    def gathered(self, choice: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each row's own A (batch, m r, d_in), B^T (batch, m r, d_out), and of ``weights`` (batch, length or 1, R)."""
+        experts = (-1, self.rank)
+        down, up = (part.unflatten(0, experts)[choice].flatten(1, 2) for part in (self.down, self.up))
+        each = weights.unflatten(-1, experts)
+        return down, up, each.take_along_dim(choice[:, None, :, None], 2).flatten(2)
 
 
 class NewestLayer:

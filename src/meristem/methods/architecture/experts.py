@@ -282,7 +282,7 @@ class Experts:
         return Routing(one_hot(torch.tensor(which), count).float().to(device), active, set(which) == {newest})
 
     def _measured(self, rows: Sequence[Tensor], off: bool) -> Routing:
-        self.features = self.base_features(rows)
+        self.features = self._features(rows)
         newest, count = (None if off else self.newest), len(self.frozen)
         if not count and newest is None:
             weights = self.features[:, :0]
@@ -297,6 +297,14 @@ class Experts:
         if self.router.mode == "top-1":
             active = tuple(weights[:, :count].detach().any(0).nonzero()[:, 0].tolist())
         return Routing(weights, active)
+
+    def _features(self, rows: Sequence[Tensor]) -> Tensor:
+        """:meth:`base_features`, of equal rows (samples of a prompt, options behind one) once."""
+        place: dict[tuple[int, ...], int] = {}
+        which = [place.setdefault(tuple(row.tolist()), len(place)) for row in rows]
+        if len(place) == len(rows):
+            return self.base_features(rows)
+        return self.base_features([torch.tensor(row) for row in place])[which]
 
     def base_features(self, rows: Sequence[Tensor]) -> Tensor:
         """(rows, width): what the router measures rows of token ids by, without any expert."""

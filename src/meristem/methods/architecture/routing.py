@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +29,14 @@ class Routing:
     def unknown(self) -> Tensor:
         """(batch): the weight that no expert has."""
         return 1 - self.weights.sum(-1)
+
+    @cached_property
+    def choice(self) -> list[int] | None:
+        """The column of each row's one expert (of a row of zeros, any); None where some row blends several."""
+        if bool(((self.weights != 0).sum(1) > 1).any()):
+            return None
+        found: list[int] = self.weights.argmax(1).tolist()
+        return found
 
 
 def weigh(router: RouterEntry, features: Tensor, vectors: Tensor) -> Tensor:
