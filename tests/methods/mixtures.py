@@ -16,6 +16,7 @@ from meristem.methods.architecture.experts import Expert
 from meristem.methods.architecture.moe_cl.codes import CodeStatistics
 from meristem.methods.architecture.prototypes import hidden_features, summarise
 from meristem.methods.architecture.task_experts import state_of
+from meristem.methods.base import Method
 
 RANK, ALPHA = 2, 6
 LORA = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -81,9 +82,7 @@ def stored(tasks: str = "AB", **options: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def added(
-    model: Any, shared: Expert, experts: Sequence[Expert], weights: Sequence[float]
-) -> Any:
+def added(model: Any, shared: Expert, experts: Sequence[Expert], weights: Sequence[float]) -> Any:
     """Inside, the layers of a plain ``model`` add what the equations say to one row, in loops over its tokens.
 
     y = W x + (sum_e w_e g_s(e) + (1 - sum_e w_e) mean_e g_s(e)) s B_0 A_0 x + sum_e w_e g_t(e) s B_e A_e x
@@ -97,7 +96,9 @@ def added(
             for x, y in zip(inputs[0][0], output[0], strict=True):
                 gates = [gate if gate.dim() == 1 else gate @ x for gate in (e.gates[name] for e in experts)]
                 divided = [g.exp() / g.exp().sum() for g in gates]
-                usual = sum(g[0] for g in divided) / len(divided) if experts[0].gates[name].dim() == 1 else 0.5
+                usual = (
+                    sum(g[0] for g in divided) / len(divided) if experts[0].gates[name].dim() == 1 else 0.5
+                )
                 common = sum(w * g[0] for w, g in zip(weights, divided, strict=True)) + unknown * usual
                 first, second = shared.factors[name]
                 y = y + common * scale * (second @ (first @ x))
@@ -125,3 +126,15 @@ def factors(model: Any) -> Mapping[str, tuple[Tensor, Tensor]]:
         for name, layer in model.get_base_model().named_modules()
         if hasattr(layer, "lora_A")
     }
+
+
+class Gradients(Method):
+    """Keeps those of the first step."""
+
+    name = "gradients"
+
+    def __init__(self):
+        self.found = None
+
+    def gradients(self, params):
+        self.found = self.found or {name: p.grad.clone() for name, p in params.items() if p.grad is not None}

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tests.methods.mixtures import TARGETS, adapted, stored
+from tests.methods.mixtures import TARGETS, Gradients, adapted, stored
 from tests.tiny import new_model
 from tests.training.stream import plain, rows, tokens
 from torch.nn.functional import cross_entropy
@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy
 from meristem.methods.architecture.moe_cl import MoECL
 from meristem.methods.architecture.moe_cl.adversary import Adversary
 from meristem.methods.architecture.moe_cl.codes import Anchor, CodeStatistics, Gatherer
-from meristem.methods.base import Method
 
 R, WIDTHS = 3, (5, 4, 5)  # layers of two widths
 
@@ -185,7 +184,9 @@ def test_a_tasks_statistics_are_of_its_rows_with_its_own_expert(tasks, tmp_path)
     method.experts.pin = len(tasks) - 1
     modules = dict(model.get_base_model().named_modules())
     for name in TARGETS:
-        modules[name].register_forward_hook(lambda m, i, o, n=name: inputs[n].append(i[0][0].double().numpy()))
+        modules[name].register_forward_hook(
+            lambda m, i, o, n=name: inputs[n].append(i[0][0].double().numpy())
+        )
     model.eval()
     with torch.no_grad():
         for row in uneven(task):
@@ -227,18 +228,6 @@ def test_drift_is_the_mean_squared_change_of_the_shared_outputs_on_raw_inputs():
 
 
 # ---- the game in training --------------------------------------------------------------------------------------
-
-
-class Gradients(Method):
-    """Keeps those of the first step."""
-
-    name = "gradients"
-
-    def __init__(self):
-        self.found = None
-
-    def gradients(self, params):
-        self.found = self.found or {name: p.grad.clone() for name, p in params.items() if p.grad is not None}
 
 
 def test_the_game_reaches_nothing_but_the_shared_b(tmp_path):
