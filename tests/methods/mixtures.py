@@ -82,9 +82,7 @@ def stored(tasks: str = "AB", **options: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def added(
-    model: Any, shared: Expert, experts: Sequence[Expert], weights: Sequence[float]
-) -> Any:
+def added(model: Any, shared: Expert, experts: Sequence[Expert], weights: Sequence[float]) -> Any:
     """Inside, the layers of a plain ``model`` add what the equations say to one row, in loops over its tokens.
 
     y = W x + (sum_e w_e g_s(e) + (1 - sum_e w_e) mean_e g_s(e)) s B_0 A_0 x + sum_e w_e g_t(e) s B_e A_e x
@@ -98,7 +96,9 @@ def added(
             for x, y in zip(inputs[0][0], output[0], strict=True):
                 gates = [gate if gate.dim() == 1 else gate @ x for gate in (e.gates[name] for e in experts)]
                 divided = [g.exp() / g.exp().sum() for g in gates]
-                usual = sum(g[0] for g in divided) / len(divided) if experts[0].gates[name].dim() == 1 else 0.5
+                usual = (
+                    sum(g[0] for g in divided) / len(divided) if experts[0].gates[name].dim() == 1 else 0.5
+                )
                 common = sum(w * g[0] for w, g in zip(weights, divided, strict=True)) + unknown * usual
                 first, second = shared.factors[name]
                 y = y + common * scale * (second @ (first @ x))

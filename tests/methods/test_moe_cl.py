@@ -79,7 +79,7 @@ def test_it_trains_as_merged_weights_row_by_row_do(tmp_path):
 
     Against autograd by hand in float64 of y = W x + g_s s B_0 A_0 x + g_t s B_t A_t x, and of the drift.
     """
-    data, state, protect, rate, scale = mixed(), stored(), 30.0, 2.0, ALPHA / RANK
+    data, state, protect, rate, scale = mixed(), stored(), 300.0, 2.0, ALPHA / RANK
     method = MoECL(adversary=0, protect=protect, start="previous", gate_rate=rate)
     trainer = third(tmp_path, method, data, copy.deepcopy(state), torch.float64, **SGD)
     trainer.train()
@@ -121,7 +121,11 @@ def test_it_trains_as_merged_weights_row_by_row_do(tmp_path):
     for at, (name, (down, up)) in enumerate(factors(trainer.model).items()):
         assert name == TARGETS[at]
         assert torch.equal(down[:RANK], shared.factors[name][0])
-        for ours, reference in ((down[RANK:], downs[at]), (up[:, RANK:], ups[at]), (up[:, :RANK], commons[at])):
+        for ours, reference in (
+            (down[RANK:], downs[at]),
+            (up[:, RANK:], ups[at]),
+            (up[:, :RANK], commons[at]),
+        ):
             torch.testing.assert_close(ours.detach(), reference, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(gates_of(trainer), logits, rtol=1e-5, atol=1e-8)
     kept = trainer.method_state()["moe-cl"]["tensors"]
@@ -169,7 +173,13 @@ class Watch(Method):
 
 def test_replayed_rows_go_through_their_own_expert_and_train_the_shared_one_alone(tmp_path):
     watch = Watch()
-    options = {"model": adapted(new_model), "task": "C", "history": {"A": of("A", 6)}, **QUICK, "max_steps": 2}
+    options = {
+        "model": adapted(new_model),
+        "task": "C",
+        "history": {"A": of("A", 6)},
+        **QUICK,
+        "max_steps": 2,
+    }
     methods = [MoECL(), ExperienceReplay(ratio=0.5), watch]
     trainer = plain(tmp_path, methods, of("C", 6), method_state=stored(kind=torch.float32), **options)
     trainer.train()
@@ -190,7 +200,11 @@ def test_replayed_rows_go_through_their_own_expert_and_train_the_shared_one_alon
 @pytest.mark.parametrize("gate", ["static", "token"])
 def test_ten_later_tasks_leave_what_was_learned_to_the_bit_and_each_adds_the_same(gate, tmp_path):
     """Under weight decay; what a task adds to a version is one expert and one gate per layer, and its prototype."""
-    state, grown, prefixes = stored("A", gate=gate, kind=torch.float32), [], ("experts.", "gates.", "vectors.")
+    state, grown, prefixes = (
+        stored("A", gate=gate, kind=torch.float32),
+        [],
+        ("experts.", "gates.", "vectors."),
+    )
     prefixes += ("residuals.", "statistics.")
     for task in "BCDEFGHIJK":
         method = MoECL(gate=gate, depth=1)
@@ -301,9 +315,18 @@ def without(prefix):
             "v_proj has an expert only here or only in the stored set: adapt the same layers",
         ),
         ({"state": "vectors.1"}, "no prototype of task 'B' came with its expert: give the method_state"),
-        ({"state": "residuals.0"}, "the expert of task 'A' has no prototype, .*: train the task again, or take"),
-        ({"state": "statistics.1"}, "no statistics of task 'B' came with its expert, .*: give the method_state"),
-        ({"method": {"gate": "token"}}, "gate='token' does not go with the static gates .*: give gate=static"),
+        (
+            {"state": "residuals.0"},
+            "the expert of task 'A' has no prototype, .*: train the task again, or take",
+        ),
+        (
+            {"state": "statistics.1"},
+            "no statistics of task 'B' came with its expert, .*: give the method_state",
+        ),
+        (
+            {"method": {"gate": "token"}},
+            "gate='token' does not go with .* of task 'A' has, static gates: give gate=static",
+        ),
     ],
 )
 def test_what_does_not_go_with_the_stored_experts_is_refused(given, says, tmp_path):
@@ -311,7 +334,7 @@ def test_what_does_not_go_with_the_stored_experts_is_refused(given, says, tmp_pa
     options = {"model": adapted(new_model, **given.pop("model", {}))}
     options |= {"state": without(given.pop("state"))} if "state" in given else {}
     with pytest.raises(BadInput, match=f"{says}") as found:
-        third(tmp_path, MoECL(start="previous", **given.pop("method", {})), **options, **given)
+        third(tmp_path, MoECL(**{"start": "previous", **given.pop("method", {})}), **options, **given)
     assert "\n" not in str(found.value)
 
 

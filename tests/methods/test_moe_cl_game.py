@@ -184,7 +184,9 @@ def test_a_tasks_statistics_are_of_its_rows_with_its_own_expert(tasks, tmp_path)
     method.experts.pin = len(tasks) - 1
     modules = dict(model.get_base_model().named_modules())
     for name in TARGETS:
-        modules[name].register_forward_hook(lambda m, i, o, n=name: inputs[n].append(i[0][0].double().numpy()))
+        modules[name].register_forward_hook(
+            lambda m, i, o, n=name: inputs[n].append(i[0][0].double().numpy())
+        )
     model.eval()
     with torch.no_grad():
         for row in uneven(task):

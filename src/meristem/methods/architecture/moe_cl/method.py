@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -17,6 +17,7 @@ from meristem.methods.architecture._base import base_digest
 from meristem.methods.architecture._lora import fresh_rows, grow
 from meristem.methods.architecture.experts import Expert, Newest
 from meristem.methods.architecture.gates import Gates, Kind
+from meristem.methods.architecture.moe_cl import refusals
 from meristem.methods.architecture.moe_cl.adversary import Adversary
 from meristem.methods.architecture.moe_cl.arguments import check
 from meristem.methods.architecture.moe_cl.codes import Anchor, CodeStatistics, Gatherer, row_means
@@ -89,13 +90,13 @@ class MoECL(TaskExperts):
         self,
         gate: Kind = "static",
         adversary: float = 0.1,
-        protect: float = 10.0,
+        protect: float = 1.0,
         freeze_shared_input: bool = True,
         start: Literal["fresh", "previous", "nearest"] = "nearest",
         discriminator_rate: float = 0.01,
         discriminator_steps: int = 1,
         gate_rate: float = 100.0,
-        gate_sum: float = 1.0,
+        gate_sum: float = 2.0,
         statistics: int = 64,
         routing: Literal["top-1", "softmax"] = "top-1",
         temperature: float = 1.0,
@@ -118,6 +119,7 @@ class MoECL(TaskExperts):
         self.rows_for_statistics = statistics
         self.softmax_twice, self.tasks = bool(softmax_twice), tasks
         self.base: str | None = None  # digest
+        self.depth_before: int | None = None  # that the prototypes of ``old`` were made at
         self.before: Expert | None = None  # the shared expert as earlier updates left it
         self.after: Expert | None = None  # and as this one does
         self.statistics: list[CodeStatistics] = []  # of the tasks of ``old``, then of ``new``
@@ -141,18 +143,16 @@ class MoECL(TaskExperts):
     @torch.no_grad()
     def prepare_model(self, model: Any, ctx: Context) -> None:
         digest = base_digest(model.get_base_model()) if hasattr(model, "get_base_model") else None
-        if self.base is not None and digest is not None and digest != self.base:
-            raise BadInput(
-                f"moe-cl: the experts of {', '.join(e.about.task for e in self.old)} were trained on another base "
-                f"({self.base[:19]}, this one is {digest[:19]}): use that base, or begin anew"
-            )
+        refusals.another_base(self.old, self.base, digest)
         self.depth = min(self.depth, blocks_of(model))
+        refusals.another_depth(self.old, self.depth_before, self.depth)
+        known = [expert.prototype for expert in self.old]  # refuses one that is missing
         super().prepare_model(model, ctx)
         assert self._training is not None and self.experts is not None
         self.base = digest
         prototype = summarise(self.experts.base_features(self._prompts(ctx)))
         self._training[2].prototype, self.vector = prototype, prototype.mean
-        self._begin(prototype)
+        self._begin(prototype, known)
         if self.before is not None:
             self._oppose(ctx)
 
@@ -213,7 +213,6 @@ class MoECL(TaskExperts):
         found = self._served(self.learned_experts)
         for task, one in enumerate(self.statistics[: len(self.learned_experts)]):
             found["tensors"] |= one.tensors(task)
-        found["json"]["base"] = self.base
         if self.new is None and self._training is not None:
             assert self.vector is not None and self._gates is not None
             found["tensors"]["vector"] = kept(self.vector)
@@ -225,16 +224,10 @@ class MoECL(TaskExperts):
     @torch.no_grad()
     def load_state_dict(self, state: MethodState) -> None:
         if self._training is None:
-            self.before, self.base = shared_in(state), state["json"].get("base")
+            self._take_common(state)
             super().load_state_dict(state)
-            found = [CodeStatistics.of(state["tensors"], at) for at in range(len(self.old))]
-            lacking = [e.about.task for e, one in zip(self.old, found, strict=True) if one is None]
-            if lacking:
-                raise BadInput(
-                    f"moe-cl: no statistics of task {lacking[0]!r} came with its expert, so the shared expert cannot be "
-                    "kept from forgetting it: give the method_state of the update that made the version"
-                )
-            self.statistics = [one for one in found if one is not None]
+            refusals.other_gates(self.old, self.gate)
+            self.statistics = refusals.statistics_of(self.old, state["tensors"])
             return
         super().load_state_dict(state)  # of a checkpoint: what came from earlier updates is here already
         tensors = {n.removeprefix("training."): v for n, v in state["tensors"].items()}
@@ -247,6 +240,11 @@ class MoECL(TaskExperts):
         if self.adversary is not None and "discriminator.done" in tensors:
             self.adversary.restore(tensors)
 
+    def _take_common(self, state: MethodState) -> None:
+        """What the tasks before this update have in common."""
+        json = state["json"]
+        self.before, self.base, self.depth_before = shared_in(state), json.get("base"), json.get("depth")
+
     def _document(self, found: list[Expert]) -> Document:
         assert self.after is not None
         return Document(
@@ -258,7 +256,9 @@ class MoECL(TaskExperts):
         )
 
     def _served(self, found: list[Expert]) -> MethodState:
-        return state_of(found, self.after if self.new is not None else self.before)
+        state = state_of(found, self.after if self.new is not None else self.before)
+        state["json"] |= {"base": self.base, "depth": self.depth}
+        return state
 
     # ---- parts ---------------------------------------------------------------------------------------------
 
@@ -301,16 +301,7 @@ class MoECL(TaskExperts):
         wanted = self.before.about
         if about.rank == 2 * wanted.rank and self._is_last(newest):
             about = about.model_copy(update={"rank": wanted.rank, "alpha": wanted.alpha})
-        if about.rank != wanted.rank or wanted.alpha not in (about.alpha, about.alpha * self.gate_sum):
-            raise BadInput(
-                f"moe-cl: rank {about.rank}, alpha {about.alpha} do not go with the stored experts, which share one of "
-                f"rank {wanted.rank}, alpha {wanted.alpha / self.gate_sum:g}: give the LoRA theirs"
-            )
-        if set(about.targets) != set(wanted.targets):
-            odd = sorted(set(about.targets) ^ set(wanted.targets))[0]
-            raise BadInput(
-                f"moe-cl: {odd} has an expert only here or only in the stored set: adapt the same layers"
-            )
+        refusals.another_shape(about, wanted, self.gate_sum)
         return about.model_copy(update={"targets": wanted.targets, "alpha": wanted.alpha})
 
     def _is_last(self, newest: Newest) -> bool:
@@ -357,15 +348,14 @@ class MoECL(TaskExperts):
 
             self.adversary = Adversary(self._ups, old, self.rate, self.steps, draw)
 
-    def _begin(self, prototype: Prototype) -> None:
+    def _begin(self, prototype: Prototype, known: Sequence[Prototype]) -> None:
         """The new expert as a copy of an earlier one, so that training starts from what that task's rows are answered by."""
         if not self.old or self.start == "fresh":
             return
         assert self._training is not None
         start, newest = self.old[-1], self._training[2]
         if self.start == "nearest":
-            known = pool([expert.prototype for expert in self.old])
-            start = self.old[int(known.distances(prototype.mean[None])[0].argmin())]
+            start = self.old[int(pool(known).distances(prototype.mean[None])[0].argmin())]
         for name, (first, second) in start.factors.items():
             layer = newest.layers[name]
             layer.lora_A[newest.adapter].weight[self._rank :].copy_(first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from meristem.methods.architecture.moe_cl.ffn_runtime import FfnExperts
 from meristem.methods.architecture.moe_cl.method import MoECL
 from meristem.methods.architecture.moe_cl.published_adversary import Discriminators
 from meristem.methods.architecture.prototypes import Prototype
-from meristem.methods.architecture.task_experts import TaskExperts, Training, kept, shared_in
+from meristem.methods.architecture.task_experts import TaskExperts, Training, kept
 from meristem.methods.base import Context, MethodState, Step
 
 SPREAD = 0.02  # standard deviation that gates and discriminators are drawn with
@@ -67,7 +67,6 @@ class PublishedMoECL(MoECL):
 
     def state_dict(self) -> MethodState:
         found = self._served(self.learned_experts)
-        found["json"]["base"] = self.base
         tensors = found["tensors"]
         tensors |= _named("discriminators", self._heads if self.new is not None else self._heads_before)
         if self.new is None and self._training is not None:
@@ -88,7 +87,7 @@ class PublishedMoECL(MoECL):
                     training = tensors.get(f"training.{prefix}.{name}")
                     parameter.copy_(tensors[f"{prefix}.{name}"] if training is None else training)
             return
-        self.before, self.base = shared_in(state), state["json"].get("base")
+        self._take_common(state)
         if self.before is None:
             return
         names = ffn_gate_names(self.before.about)
@@ -162,7 +161,7 @@ class PublishedMoECL(MoECL):
     def _oppose(self, ctx: Context) -> None:
         pass  # the adversary is there from the first task on
 
-    def _begin(self, prototype: Prototype) -> None:
+    def _begin(self, prototype: Prototype, known: Sequence[Prototype]) -> None:
         pass  # a fresh expert for every task
 
     def _held(self) -> list[Tensor]:
