@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,12 @@ WORK = [f"{kind} {which}" for kind in ("score", "generate") for which in ("mixed
 
 def main() -> None:
     args = arguments()
-    with nullcontext(args.model) if args.model else open_source("embedded") as model:
-        with tempfile.TemporaryDirectory() as scratch:
-            torch.set_num_threads(args.threads)
-            prompts = questions(args)
-            folders = made(Path(scratch), Path(model), prompts, args)
-            found = in_turns(folders, str(model), prompts, args)
+    torch.set_num_threads(args.threads)
+    base = nullcontext(args.model) if args.model else open_source("embedded")
+    with base as model, tempfile.TemporaryDirectory() as scratch:
+        prompts = questions(args)
+        folders = made(Path(scratch), Path(model), prompts, args)
+        found = in_turns(folders, str(model), prompts, args)
     print(table(found))
 
 
@@ -176,7 +177,7 @@ def in_turns(
     for side, folder in folders.items():
         gc.collect()
         before = memory("VmRSS")
-        took, engines[side] = timed(lambda folder=folder: load(folder, base_folder=model, dtype=args.dtype))
+        took, engines[side] = timed(partial(load, folder, base_folder=model, dtype=args.dtype))
         found[side] = {"load": took, "loaded_mib": round(memory("VmRSS") - before)}
         found[side] |= {work: {"wall": [], "cpu": [], "extra_mib": 0} for work in works(side)}
     for number in range(args.rounds + 1):
@@ -185,7 +186,7 @@ def in_turns(
             for side in sides if number % 2 else sides[::-1]:
                 kind, which = work.split()
                 before = memory("VmRSS", reset=True)
-                took, _ = timed(lambda: KINDS[kind](engines[side], prompts[which], args.new_tokens))
+                took, _ = timed(partial(KINDS[kind], engines[side], prompts[which], args.new_tokens))
                 one = found[side][work]
                 one["experts"] = in_use(engines[side])
                 one["extra_mib"] = max(one["extra_mib"], round(memory("VmHWM") - before))

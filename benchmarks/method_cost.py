@@ -123,7 +123,7 @@ def group(name: str, model: str, args: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         runs = {label: {**common, **one} for label, one in variants.items()}
         learned: dict[str, Any] = {}
-        for label, orders in runs.items():
+        for orders in runs.values():
             # those without a method begin with one adapter
             kind = name if orders["method"] or "two_branches" in orders else "empty seam"
             orders["folder"] = f"{scratch}/{kind}"

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from benchmarks.moe_cl_reference import ReferenceTrainer, two_branches
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
-from benchmarks.moe_cl_reference import ReferenceTrainer, two_branches
 from meristem._quiet import quiet_libraries
 from meristem.config import Lora, MethodConfig, Recipe
 from meristem.data.formats import read_rows
