@@ -285,6 +285,20 @@ def test_the_embedded_model_is_converted_and_stored_once(store, monkeypatch):
     assert not {"quantization_config", "_name_or_path"} & set(config)
 
 
+def test_two_who_add_the_same_model_at_once_both_have_it(store, add, monkeypatch):
+    """The second finds the name free, and taken when it comes to write."""
+    there, asked = models._there, []
+
+    def late(*args):
+        asked.append(args)
+        return None if len(asked) == 1 else there(*args)
+
+    first = add("base")
+    monkeypatch.setattr(models, "_is_there", lambda connection, record: bool(asked))
+    monkeypatch.setattr(models, "_there", late)
+    assert add("base").digest == first.digest and len(asked) > 1
+
+
 def test_the_same_addition_again_is_the_same_version(store, add, tmp_path):
     """After an interruption right behind the commit, the same command finishes the work: there is nothing left."""
     source = hf.full(tmp_path / "again")

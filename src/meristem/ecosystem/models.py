@@ -56,19 +56,32 @@ def add(
         assert base_entry is not None
         with store.database.read() as connection:
             content = versions.content_of(connection, base_entry.content)
-        return _there(store, record, content, base_entry) or _register(
-            store, actor, reason, record, content, base_entry
-        )
+        return _added(store, actor, reason, record, content, base_entry)
     if known is not None:
-        return _there(store, record, known, base_entry) or _register(
-            store, actor, reason, record, known, base_entry
-        )
+        return _added(store, actor, reason, record, known, base_entry)
     base_content = _full_content(store, base_entry) if base_entry else None
     with sources.open_source(source, fetching) as folder, ingest(folder, base_content) as (content, blobs):
         if there := _there(store, record, content, base_entry):
             return there
         stored = store.put(blobs, progress)
-        return _register(store, actor, reason, record, content, base_entry, stored)
+        return _added(store, actor, reason, record, content, base_entry, stored)
+
+
+def _added(
+    store: Store,
+    actor: str,
+    reason: str,
+    record: Model,
+    content: Content,
+    base: VersionEntry | None,
+    stored: Stored = Stored(None),
+) -> VersionEntry:
+    """The first version, made now, or by whoever added this very model before or meanwhile."""
+    return (
+        _there(store, record, content, base)
+        or _register(store, actor, reason, record, content, base, stored)
+        or _added(store, actor, reason, record, content, base, stored)
+    )
 
 
 def _there(store: Store, record: Model, content: Content, base: VersionEntry | None) -> VersionEntry | None:
@@ -210,12 +223,13 @@ def _register(
     record: Model,
     content: Content,
     base: VersionEntry | None,
-    stored: Stored = Stored(None),
-) -> VersionEntry:
+    stored: Stored,
+) -> VersionEntry | None:
+    """None where the name was taken meanwhile."""
     tasks = base.record.tasks if base and record.source == sources.BASE else []
     with store.transaction(actor, reason) as tx:
         if tx.connection.scalar(select(table.c.name).where(table.c.name == record.name)):
-            raise _namesake(record.name)
+            return None
         tx.add_blobs(stored)
         digest = tx.add_document(record.document())
         tx.connection.execute(
