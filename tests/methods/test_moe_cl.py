@@ -182,8 +182,17 @@ def test_replayed_rows_go_through_their_own_expert_and_train_the_shared_one_alon
     }
     methods = [MoECL(), ExperienceReplay(ratio=0.5), watch]
     trainer = plain(tmp_path, methods, of("C", 6), method_state=stored(kind=torch.float32), **options)
+    game = methods[0].adversary
+    played, learn = [], game.learn
+
+    def counted(codes):
+        played.append(codes.shape[1])
+        learn(codes)
+
+    game.learn = counted
     trainer.train()
     assert set(watch.found) == {("A", (1.0, 0.0, 0.0)), ("C", (0.0, 0.0, 1.0))}
+    assert sum(played) == [task for task, _ in watch.found].count("C") < len(watch.found)
     catch = Gradients()
     methods = [MoECL(start="previous", protect=0), catch]
     options = {"model": adapted(new_model), "task": "C", **QUICK}
@@ -307,9 +316,9 @@ def without(prefix):
         ({"task": "new+B"}, "an expert of task 'B' already .*: give the new rows another task name"),
         (
             {"model": {"r": 3}},
-            "rank 3, alpha 6 do not go with the stored experts, .* rank 2, alpha 6: give the LoRA theirs",
+            "rank 3, alpha 6 do not go with the stored experts, .* rank 2, alpha 3: give the LoRA theirs",
         ),
-        ({"model": {"lora_alpha": 8}}, "rank 2, alpha 8 do not go .* rank 2, alpha 6: give the LoRA theirs"),
+        ({"model": {"lora_alpha": 8}}, "rank 2, alpha 8 do not go .* rank 2, alpha 3: give the LoRA theirs"),
         (
             {"model": {"target_modules": ["q_proj"]}},
             "v_proj has an expert only here or only in the stored set: adapt the same layers",

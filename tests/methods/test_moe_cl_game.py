@@ -172,12 +172,16 @@ def uneven(task, count=5):
 
 @pytest.mark.parametrize("tasks", ["A", "AB"])
 def test_a_tasks_statistics_are_of_its_rows_with_its_own_expert(tasks, tmp_path):
-    """What training leaves, against each row alone through the trained model, its layers' inputs by hand."""
+    """What training leaves, against each row alone through the trained model, its layers' inputs by hand.
+
+    The second task has the first one's prompts, so that the router would not have picked its expert.
+    """
     state = None
     for task in tasks:
+        data = [{**row, "task": task} for row in uneven("A")]
         model = adapted(new_model)
         options = {"model": model, "task": task, "method_state": state, "max_steps": 3}
-        trainer = plain(tmp_path, [MoECL()], uneven(task), learning_rate=0.05, **options)
+        trainer = plain(tmp_path, [MoECL()], data, learning_rate=0.05, **options)
         trainer.train()
         state = trainer.method_state()
     method, inputs = trainer.methods[0], {name: [] for name in TARGETS}
@@ -189,7 +193,7 @@ def test_a_tasks_statistics_are_of_its_rows_with_its_own_expert(tasks, tmp_path)
         )
     model.eval()
     with torch.no_grad():
-        for row in uneven(task):
+        for row in data:
             model(input_ids=torch.tensor([row["input_ids"]]))
     tensors = state["moe-cl"]["tensors"]
     for at, name in enumerate(TARGETS):
