@@ -58,7 +58,9 @@ class FrozenLayer:
             hidden = torch.bmm(x, down.mT)
         else:
             up, hidden = used.up, linear(x, used.down)
-        return (output + (hidden * weights).to(up.dtype) @ up).to(output.dtype)
+        added = (hidden * weights).to(up.dtype) @ up
+        # In place: torch takes many times as long to add a half-precision tensor to a float32 one out of place.
+        return added.to(torch.promote_types(added.dtype, output.dtype)).add_(output).to(output.dtype)
 
     def _in_use(self, routing: Routing, x: Tensor) -> InUse | None:
         """None where no expert has a part. Kept while the routing stays, as it does with a cache."""
@@ -139,8 +141,11 @@ class InUse:
 
     def gathered(self, choice: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each row's own A (batch, m r, d_in), B^T (batch, m r, d_out), and of ``weights`` (batch, length or 1, R)."""
-        experts = (-1, self.rank)
-        down, up = (part.unflatten(0, experts)[choice].flatten(1, 2) for part in (self.down, self.up))
+        experts, rows = (-1, self.rank), (len(choice), choice.shape[1] * self.rank, -1)
+        down, up = (
+            part.unflatten(0, experts).index_select(0, choice.flatten()).view(rows)
+            for part in (self.down, self.up)
+        )
         each = weights.unflatten(-1, experts)
         return down, up, each.take_along_dim(choice[:, None, :, None], 2).flatten(2)
 
