@@ -331,7 +331,7 @@ def test_what_cannot_work_is_refused_by_name(tmp_path):
     assert type(build(NAME, {"preset": "published"})) is PublishedMoECL and type(build(NAME)) is MoECL
     for arguments, says in (
         ({"preset": "paper"}, "preset='paper' must be default or published"),
-        ({"preset": "published", "protect": 1.0}, "protect=1.0 has no part in preset=published"),
+        ({"preset": "published", "protect": 2.0}, "protect=2.0 has no part in preset=published"),
         ({"preset": "published", "routing": "softmax"}, "routing='softmax' has no part in preset=published"),
         ({"softmax_twice": True}, "softmax_twice=True has no part in preset=default"),
         ({"preset": "published", "tasks": 0}, "tasks=0 must be a whole number"),

@@ -115,7 +115,7 @@ class MoECL(TaskExperts):
         self.freeze_shared_input, self.start = bool(freeze_shared_input), start
         self.routing, self.temperature, self.depth, self.unknown = routing, float(temperature), depth, unknown
         self.rate, self.steps = float(discriminator_rate), discriminator_steps
-        self.gate_rate, self.gate_sum = float(gate_rate), gate_sum
+        self.gate_rate, self.gate_sum = float(gate_rate), gate_sum if preset == "default" else 1.0
         self.rows_for_statistics = statistics
         self.softmax_twice, self.tasks = bool(softmax_twice), tasks
         self.base: str | None = None  # digest
