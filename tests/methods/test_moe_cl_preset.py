@@ -311,6 +311,15 @@ def test_an_expert_distilled_from_a_version_is_a_plain_adapter_near_it(tmp_path)
         distill_expert(of(loaded), "Z", given[:9], given[9:])
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+def test_it_trains_in_mixed_precision(kind, tmp_path):
+    """The discriminators' loss is made after the forward, where autocast is off again."""
+    options = {"bf16": True, "max_steps": 2, "logging_strategy": "steps", "logging_steps": 1}
+    trainer = update(tmp_path, "A", model=adapted(lambda: new_model().to(kind)), **options)
+    first, second = (entry[f"{NAME}/loss"] for entry in trainer.state.log_history[:2])
+    assert first < 0 and second < 0 and first != second
+
+
 def test_without_an_adversary_there_is_none(tmp_path):
     trainer = update(tmp_path, "A", methods=[published(adversary=0)])
     tensors = trainer.method_state()[NAME]["tensors"]

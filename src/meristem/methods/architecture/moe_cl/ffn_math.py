@@ -39,8 +39,8 @@ class Projection:
 
     def plus(self, product: Tensor, codes: Tensor, part: slice = slice(None)) -> Tensor:
         """``product`` + B codes (batch, length, d_out), in the dtype of ``product``, to which PEFT rounds too."""
-        flat = _at(product, codes).flatten(0, -2)
-        whole = torch.addmm(flat, codes.flatten(0, -2), self.up[:, part].T)
+        flat, codes = _at(product, self.up).flatten(0, -2), _at(codes, self.up).flatten(0, -2)
+        whole = torch.addmm(flat, codes, self.up[:, part].T)
         return whole.view_as(product).to(product.dtype)
 
 
@@ -117,8 +117,14 @@ def shared_mean(half: SharedHalf, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shared_output(stack: Stack, hidden: Tensor, codes: Tensor) -> Tensor:
-    """The mean of E_0 (batch, d) from what :func:`shared_mean` gives."""
+    """The mean of E_0 (batch, d) from what :func:`shared_mean` gives.
+
+    It is called after the forward, outside the autocast that may have been on there.
+    """
     second = stack.projections[2]
+    weight = second.base.weight
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        hidden = _at(hidden, weight)
     return second.plus(second.base(hidden), codes, slice(stack.shared))
 
 
