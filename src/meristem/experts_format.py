@@ -68,17 +68,26 @@ class RouterEntry(_Closed):
 
 
 class ExpertEntry(_Closed):
-    """One LoRA. ``targets``: full names of the linear layers that it changes; ``prompts``: how many its prototype is of."""
+    """One LoRA. ``targets``: full names of the linear layers that it changes; ``prompts``: how many its prototype is of.
+
+    ``gate_sum``: what its gates and the shared expert's sum to, where that is not 1.
+    """
 
     task: Annotated[str, Field(min_length=1)]
     rank: Annotated[int, Field(ge=1)]
     alpha: Annotated[int | float, Field(gt=0)]
     targets: Annotated[list[str], Field(min_length=1)]
     prompts: Annotated[int, Field(ge=1)] | None = None
+    gate_sum: Annotated[float, Field(gt=0)] | None = None
 
     @model_serializer(mode="wrap")
     def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _given(handler(self), "prompts")
+        return _given(handler(self), "prompts", "gate_sum")
+
+    @property
+    def scale(self) -> float:
+        """What B A x is multiplied by, gates apart."""
+        return self.alpha * (self.gate_sum or 1) / self.rank
 
 
 class Document(_Closed):
@@ -183,12 +192,13 @@ def folder_names(document: Document, taken: Iterable[str] = ()) -> list[str]:
 def adapter_config(expert: ExpertEntry, shared: ExpertEntry | None = None) -> dict[str, Any]:
     """One expert as PEFT's ``adapter_config.json``, with the ``shared`` one beside it; the base's place is left open."""
     experts = 1 if shared is None else 2
+    alpha = experts * expert.alpha * (expert.gate_sum or 1)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "r": experts * expert.rank,
-        "lora_alpha": experts * expert.alpha,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": expert.targets,

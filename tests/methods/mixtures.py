@@ -18,7 +18,8 @@ from meristem.methods.architecture.prototypes import hidden_features, summarise
 from meristem.methods.architecture.task_experts import state_of
 from meristem.methods.base import Method
 
-RANK, ALPHA = 2, 6
+RANK, ALPHA, GATE_SUM = 2, 6, 2.0
+SCALE = GATE_SUM * ALPHA / RANK
 LORA = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 TARGETS = [f"model.layers.{n}.self_attn.{name}_proj" for n in range(2) for name in "qv"]
 DOWN = "model.layers.0.mlp.down_proj"  # of another input width than the others
@@ -56,7 +57,7 @@ def expert(
         d_out, d_in = modules[name].weight.shape
         factors[name] = 0.5 * normal(RANK, d_in), 0.5 * normal(d_out, RANK)
         gates[name] = normal(2) if gate == "static" else 20 * normal(2, d_in)
-    about = ExpertEntry(task=task, rank=RANK, alpha=ALPHA, targets=list(layers))
+    about = ExpertEntry(task=task, rank=RANK, alpha=ALPHA, targets=list(layers), gate_sum=GATE_SUM)
     if gate is None:
         return Expert(about, factors, torch.empty(0))
     made = summarise(hidden_features(double(), [torch.tensor(p) for p in prompts(task)], 2))
@@ -87,7 +88,7 @@ def added(model: Any, shared: Expert, experts: Sequence[Expert], weights: Sequen
 
     y = W x + (sum_e w_e g_s(e) + (1 - sum_e w_e) mean_e g_s(e)) s B_0 A_0 x + sum_e w_e g_t(e) s B_e A_e x
     """
-    scale, unknown = ALPHA / RANK, 1 - sum(weights)
+    scale, unknown = SCALE, 1 - sum(weights)
 
     def of(name: str) -> Any:
         def add(module: Any, inputs: Any, output: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from tests.methods.adapters import assert_forgets_less, assert_resumes
 from tests.methods.mixtures import (
-    ALPHA,
     RANK,
+    SCALE,
     TARGETS,
     Gradients,
     adapted,
@@ -27,6 +27,7 @@ from meristem.errors import BadInput
 from meristem.methods.architecture import experts as runtime
 from meristem.methods.architecture._base import base_digest
 from meristem.methods.architecture.moe_cl import MoECL
+from meristem.methods.architecture.task_experts import experts_in, shared_in
 from meristem.methods.base import Method
 from meristem.methods.replay.experience_replay import ExperienceReplay
 
@@ -79,7 +80,7 @@ def test_it_trains_as_merged_weights_row_by_row_do(tmp_path):
 
     Against autograd by hand in float64 of y = W x + g_s s B_0 A_0 x + g_t s B_t A_t x, and of the drift.
     """
-    data, state, protect, rate, scale = mixed(), stored(), 300.0, 2.0, ALPHA / RANK
+    data, state, protect, rate, scale = mixed(), stored(), 300.0, 2.0, SCALE
     method = MoECL(adversary=0, protect=protect, start="previous", gate_rate=rate)
     trainer = third(tmp_path, method, data, copy.deepcopy(state), torch.float64, **SGD)
     trainer.train()
@@ -316,9 +317,10 @@ def without(prefix):
         ({"task": "new+B"}, "an expert of task 'B' already .*: give the new rows another task name"),
         (
             {"model": {"r": 3}},
-            "rank 3, alpha 6 do not go with the stored experts, .* rank 2, alpha 3: give the LoRA theirs",
+            "rank 3, alpha 6 do not go with the stored experts, .* rank 2, alpha 6: give the LoRA theirs",
         ),
-        ({"model": {"lora_alpha": 8}}, "rank 2, alpha 8 do not go .* rank 2, alpha 3: give the LoRA theirs"),
+        ({"method": {"gate_sum": 1.0}}, "gate_sum=1 does not go .* sum to 2: give gate_sum=2"),
+        ({"model": {"lora_alpha": 8}}, "rank 2, alpha 8 do not go .* rank 2, alpha 6: give the LoRA theirs"),
         (
             {"model": {"target_modules": ["q_proj"]}},
             "v_proj has an expert only here or only in the stored set: adapt the same layers",
@@ -345,6 +347,26 @@ def test_what_does_not_go_with_the_stored_experts_is_refused(given, says, tmp_pa
     with pytest.raises(BadInput, match=f"{says}") as found:
         third(tmp_path, MoECL(**{"start": "previous", **given.pop("method", {})}), **options, **given)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("gates.1", lambda t: t[:-1], r"the gates of task 'B' are \(3, 2\) for 4 layers"),
+        ("gates.1", lambda t: t[:, [0, 1, 1]], r"task 'B': the gate of .*q_proj is \(3,\), not \(2,\)"),
+        ("gates.1", lambda t: t * torch.nan, "task 'B': the gate of .* holds a number that is not finite"),
+        ("vectors.0", lambda t: t[0], r"task 'A': its vector is \(\), not one row"),
+        ("residuals.0", lambda t: t[:, 1:], r"task 'A': its prototype's residuals are \(.*\) beside a mean"),
+        ("residuals.0", lambda t: t * torch.inf, "task 'A': its prototype holds a number that is not finite"),
+        (f"shared.{TARGETS[0]}.lora_A.weight", lambda t: t.to(torch.int8), "A of .* holds torch.int8"),
+        (f"experts.0.{TARGETS[0]}.lora_B.weight", lambda t: t[1:], r"A and B of .*q_proj are"),
+    ],
+)
+def test_a_strangers_numbers_are_refused_before_they_answer(name, change, says):
+    state = stored(kind=torch.float32)["moe-cl"]
+    state["tensors"][name] = change(state["tensors"][name])
+    with pytest.raises(BadInput, match=says):
+        runtime.Experts(new_model(), MoECL(depth=2).router(), experts_in(state), shared=shared_in(state))
 
 
 def test_experts_of_another_base_or_depth_are_refused_and_another_precision_is_not(tmp_path):

@@ -77,7 +77,7 @@ def blended(
     logits = read(f"gates.{expert}").astype(np.float64)
     shares = np.exp(logits - logits.max(1, keepdims=True))
     shares /= shares.sum(1, keepdims=True)
-    ratio = (shared.alpha / shared.rank) / (entry.alpha / entry.rank)
+    ratio = shared.scale / entry.scale
     found: dict[str, FloatArray] = {}
     for (g_s, g_t), module in zip(shares, entry.targets, strict=True):
         down, up = ([read(experts_format.factor_name(at, module, f)) for at in (None, expert)] for f in "AB")

@@ -206,6 +206,8 @@ def _read_experts(folder: Path) -> tuple[experts_format.Document, MethodState]:
     about: dict[str, Any] = {"experts": [expert.model_dump() for expert in document.experts]}
     if document.shared is not None:
         about["shared"] = document.shared.model_dump()
+    if document.router.depth is not None:
+        about["depth"] = document.router.depth
     return document, {"tensors": tensors, "json": about}
 
 

@@ -227,7 +227,8 @@ def _shape(store: Store, content: Content) -> tuple[str, dict[str, Any]]:
     """The adapter that is continued, or the newest expert, as PEFT describes it; and where that stands."""
     if content.kind != "experts":
         return ADAPTER_CONFIG, _json(store, content, ADAPTER_CONFIG)
-    newest = experts_format.adapter_config(_experts(store, content).experts[-1])
+    last = _experts(store, content).experts[-1]
+    newest = {**experts_format.adapter_config(last), "lora_alpha": last.alpha}
     names = newest["target_modules"]
     which = sorted({int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))})
     short = sorted({name.rpartition(".")[2] for name in names})

@@ -33,12 +33,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
-from transformers.pytorch_utils import Conv1D
 
 from meristem.errors import BadInput, Clash
 from meristem.experts_format import ExpertEntry, RouterEntry
 from meristem.methods.architecture._layers import FrozenLayer, NewestLayer
 from meristem.methods.architecture.gates import Gates
+from meristem.methods.architecture.misfits import refuse_misfits
 from meristem.methods.architecture.prototypes import SHRINKAGE, Pooled, Prototype, hidden_features, pool
 from meristem.methods.architecture.routing import (
     Routing,
@@ -80,7 +80,7 @@ class Expert:
 
     @property
     def scale(self) -> float:
-        return self.about.alpha / self.about.rank
+        return self.about.scale
 
     @property
     def tasks(self) -> list[str]:
@@ -146,7 +146,7 @@ class Experts:
         self._hooks = [self._backbone.register_forward_pre_hook(self._on_forward, with_kwargs=True)]
         modules = dict(self.model.named_modules())
         everyone = [*self.frozen, *([shared] if shared is not None else [])]
-        _refuse_misfits(self.model, modules, everyone)
+        refuse_misfits(self.model, modules, everyone)
         self._attach_frozen(modules, dict.fromkeys(name for expert in everyone for name in expert.factors))
         if newest is not None:
             self._attach_newest(newest)
@@ -345,37 +345,6 @@ def routed(model: Any, prompts: Callable[[], Sequence[Sequence[int]]]) -> Abstra
     """Inside, each row of a forward is routed by its prompt; nothing for a model without experts."""
     attached = of(model)
     return nullcontext() if attached is None else attached.fixed(prompts())
-
-
-def _refuse_misfits(model: Any, modules: Mapping[str, Any], experts: Sequence[Expert]) -> None:
-    """``BadInput`` where an expert is not of this base, or not of the shape that it says."""
-    width = model.get_input_embeddings().weight.shape[1]
-    for expert in experts:
-        about, odd = expert.about, ""
-        if len(expert.vector) and expert.vector.shape != (width,):  # a shared expert has none
-            odd = f"its vector is {tuple(expert.vector.shape)}, the input embeddings are {width} wide"
-        for name, (down, up) in expert.factors.items():
-            layer = modules.get(name)
-            if layer is None:
-                odd = f"it changes layer {name}, which this model lacks"
-                continue
-            if (widths := _widths(layer)) is None:
-                odd = f"it changes {name or 'the whole model'}, which is no linear layer ({type(layer).__name__})"
-                continue
-            found, (d_in, d_out) = (tuple(down.shape), tuple(up.shape)), widths
-            if found != (wanted := ((about.rank, d_in), (d_out, about.rank))):
-                odd = f"A and B of {name} are {found[0]} and {found[1]}, not {wanted[0]} and {wanted[1]}"
-        if odd:
-            raise BadInput(f"the expert of task {about.task!r}: {odd}; use the base that it was made on")
-
-
-def _widths(layer: Any) -> tuple[int, int] | None:
-    """(d_in, d_out) of a linear layer, under PEFT or not; None of any other layer."""
-    layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    if isinstance(layer, Conv1D):  # GPT-2's, whose weight is (d_in, d_out)
-        return layer.weight.shape[0], layer.weight.shape[1]
-    known = hasattr(layer, "in_features") and hasattr(layer, "out_features")
-    return (layer.in_features, layer.out_features) if known else None
 
 
 def _causal(model: Any) -> Any:

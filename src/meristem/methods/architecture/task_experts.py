@@ -219,6 +219,11 @@ def experts_in(state: MethodState) -> list[Expert]:
         about = ExpertEntry.model_validate(fields)
         gates = None
         if (stacked := tensors.get(*gate_names(at, about, "static"))) is not None:
+            if stacked.dim() != 2 or len(stacked) != len(about.targets):
+                raise BadInput(
+                    f"the gates of task {about.task!r} are {tuple(stacked.shape)} for {len(about.targets)} layers: give "
+                    "the method_state, or the version, as it was saved"
+                )
             gates = dict(zip(about.targets, stacked, strict=True))
         elif f"gates.{at}.{about.targets[0]}" in tensors:
             gates = {n: tensors[f"gates.{at}.{n}"] for n in about.targets}

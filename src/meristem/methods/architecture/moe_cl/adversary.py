@@ -21,7 +21,7 @@ class Adversary:
     Old tasks are N(mean, covariance) of their stored codes, pushed through the present B_0. The rms is over the D
     step's samples, and constant in both steps: shrinking B_0 gains nothing. The G step's bounded target is the
     confusion loss of Tzeng et al. 2015 (arXiv 1510.02192, eq. 3) in place of a maximised cross-entropy. D has an
-    optimizer of its own (Adam) and ``steps`` steps before each of the shared expert's.
+    optimizer of its own (Adam) and ``steps`` steps at each micro-batch, before the shared expert's gradient.
     """
 
     def __init__(
@@ -59,8 +59,17 @@ class Adversary:
                 )
             self.optimizer.zero_grad()
             loss.backward()
+            self._reduce()
             self.optimizer.step()
             self.done += 1
+
+    def _reduce(self) -> None:
+        """The mean of the gradients over the processes of DDP, so that all of them have one and the same D."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for parameter in (*self.weights, *self.biases):
+                if parameter.grad is not None:
+                    torch.distributed.all_reduce(parameter.grad)
+                    parameter.grad /= torch.distributed.get_world_size()
 
     def confusion(self, codes: Tensor) -> Tensor:
         """The G loss on codes (L, rows, r) of the new task, at least log K."""
@@ -118,5 +127,5 @@ class Adversary:
 
 def _root(covariance: Tensor) -> Tensor:
     """F (L, r, r) with F F^T = covariance, also where it is singular."""
-    values, vectors = torch.linalg.eigh(covariance.double())
+    values, vectors = torch.linalg.eigh(covariance.cpu().double())
     return (vectors * values.clamp(min=0).sqrt()[:, None, :]).float()

@@ -1,7 +1,8 @@
 """What is remembered of a task's inputs, in the shared expert's own coordinates.
 
 z = A_0 x (r) is all that the shared expert sees of a layer's input x (d_in). While A_0 stays, statistics of z stay true,
-whatever B_0 becomes: what the shared expert would say on an old task, and how far it has moved there, follow from them.
+as far as x does, whatever B_0 becomes: what the shared expert would say on an old task, and how far it has moved there,
+follow from them. (What B_0 changes in the layers below shifts x: they are first-order, layer by layer.)
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Gatherer:
 
     def add(self, layer: int, codes: Tensor, mask: Tensor) -> None:
         """Of codes (batch, length, r) and mask (batch, length)."""
-        exact = codes.detach().double()
+        exact, mask = codes.detach().cpu().double(), mask.cpu()  # not every device has float64
         self._means.setdefault(layer, []).append(row_means(exact, mask))
         real = exact[mask]
         self._moments[layer] = self._moments.get(layer, torch.zeros((), dtype=exact.dtype)) + real.T @ real

@@ -93,7 +93,8 @@ class FfnLayer:
             downs, ups = zip(*(part[name] for part in parts), strict=True)
             layer, adapter = getattr(self.mlp, name), self.whole.adapter
             dropout = layer.lora_dropout[adapter] if adapter is not None and self.mlp.training else None
-            return Projection(self.bases[name], torch.cat(downs), torch.cat(ups, 1), dropout)
+            with torch.inference_mode(False):  # what is kept may meet a batch that is trained on
+                return Projection(self.bases[name], torch.cat(downs), torch.cat(ups, 1), dropout)
 
         gate, up, down = map(whole, PROJECTIONS)
         found = gate, up, down

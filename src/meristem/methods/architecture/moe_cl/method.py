@@ -41,7 +41,7 @@ class MoECL(TaskExperts):
 
     In each adapted layer, for a row of task t, r = rank, s = alpha / r:
 
-        y = W x + g_s s B_0 A_0 x + g_t s B_t A_t x        [g_s, g_t] = softmax(theta_t), theta_t (2) of the layer
+        y = W x + g_s s B_0 A_0 x + g_t s B_t A_t x        [g_s, g_t] = gate_sum * softmax(theta_t), theta_t (2) of the layer
         loss = L_task + adversary * CE(uniform | D(h)),    h = B_0 z / rms, z (r) = mean over tokens of A_0 x
         penalty = protect * drift                          how far the shared expert's outputs on old tasks moved
 
@@ -64,9 +64,10 @@ class MoECL(TaskExperts):
     training goes on from what that task's rows are answered by, while its own expert stays; ``fresh`` as in the paper.
     ``gate``: ``static``; ``token`` (softmax(V x), V (2, d_in) per task and layer: no exact LoRA); for ablations
     ``shared-only`` and ``task-only``. ``gate_rate``: how far an optimizer's step moves static gates (``gates.Gates``).
-    ``gate_sum``: what g_s and g_t sum to, kept in alpha: 1 in the paper, and with 2 each expert may count as a LoRA alone does.
+    ``gate_sum``: what g_s and g_t sum to, a factor of the scale: 1 in the paper; with 2 each expert counts as a LoRA alone does.
     ``routing``, ``temperature``, ``depth``, ``unknown``: of the router (``prototypes``): one expert or a blend, by hidden
-    states after ``depth`` blocks (all of a smaller model); outside that quantile of a task's own prompts a prompt is of no known task (None: never).
+    states after ``depth`` blocks (all of a smaller model); outside that quantile of a task's own prompts a prompt is
+    of no known task (None: never).
     ``preset``: ``published`` is the paper's own computation (``published.PublishedMoECL``), with ``softmax_twice`` and ``tasks``.
     ``statistics``: rows that a task's code statistics are taken from; ``samples``: that its prototype is.
 
@@ -126,6 +127,7 @@ class MoECL(TaskExperts):
         self.adversary: Adversary | None = None
         self.anchor: Anchor | None = None
         self._gatherer: Gatherer | None = None
+        self._first: list[Tensor] = []  # A_0 of each layer, where it stays as it was
         self._codes: dict[int, Tensor] = {}  # layer's place -> (rows, r) of the batch under way
 
     def router(self) -> RouterEntry:
@@ -158,6 +160,7 @@ class MoECL(TaskExperts):
 
     def loss(self, step: Step) -> Tensor | None:
         """``adversary`` * the confusion of the discriminators on the batch's rows of the new task."""
+        self.new = None  # trained on after it was finished
         if self.adversary is None or not self._codes:
             return None
         earlier = {task for expert in self.old for task in expert.tasks}
@@ -179,10 +182,13 @@ class MoECL(TaskExperts):
 
     def weights(self, params: Params, before: Mapping[str, Tensor] | None) -> None:
         """Puts A_0 back, whatever weight decay did."""
-        if held := self._held():
+        held = self._held()
+        if held and not self._first:
             assert self.before is not None
-            for down, (first, _) in zip(held, self.before.factors.values(), strict=True):
-                down[: self._rank].copy_(first)
+            firsts = (first for first, _ in self.before.factors.values())
+            self._first = [first.to(down) for down, first in zip(held, firsts, strict=True)]
+        for down, first in zip(held, self._first, strict=True):
+            down[: self._rank].copy_(first)
 
     @torch.no_grad()
     def finish(self, ctx: Context) -> None:
@@ -267,7 +273,7 @@ class MoECL(TaskExperts):
         adapter, layers = newest.adapter, newest.layers
         about = self._shape(about, newest)
         self._refuse_trained(newest)
-        scaling = about.alpha / about.rank
+        alpha = 2 * about.rank * about.scale  # PEFT divides it by 2 r
         for name, layer in layers.items():
             down, up = layer.lora_A[adapter], layer.lora_B[adapter]
             if layer.r[adapter] == about.rank:
@@ -275,14 +281,14 @@ class MoECL(TaskExperts):
             else:
                 down.weight[about.rank :].copy_(fresh_rows(about.rank, down.in_features, draw))
                 up.weight.zero_()
-            layer.r[adapter], layer.lora_alpha[adapter] = 2 * about.rank, 2 * about.alpha
-            layer.scaling[adapter] = scaling
+            layer.r[adapter], layer.lora_alpha[adapter] = 2 * about.rank, alpha
+            layer.scaling[adapter] = about.scale
             if self.before is not None:
                 first, second = self.before.factors[name]
                 down.weight[: about.rank].copy_(first)
                 up.weight[:, : about.rank].copy_(second)
         config = model.peft_config[adapter]
-        config.r, config.lora_alpha = 2 * about.rank, 2 * about.alpha
+        config.r, config.lora_alpha = 2 * about.rank, alpha
         some = next(iter(layers.values())).lora_A[adapter].weight
         exact = torch.promote_types(some.dtype, torch.float32)
         widths = {name: layer.lora_A[adapter].in_features for name, layer in layers.items()}
@@ -297,12 +303,12 @@ class MoECL(TaskExperts):
     def _shape(self, about: ExpertEntry, newest: Newest) -> ExpertEntry:
         """That of one expert: the adapter's, or half of one that the update before this left on the model."""
         if self.before is None:
-            return about.model_copy(update={"alpha": about.alpha * self.gate_sum})
+            return about.model_copy(update={"gate_sum": None if self.gate_sum == 1 else self.gate_sum})
         wanted = self.before.about
         if about.rank == 2 * wanted.rank and self._is_last(newest):
             about = about.model_copy(update={"rank": wanted.rank, "alpha": wanted.alpha})
         refusals.another_shape(about, wanted, self.gate_sum)
-        return about.model_copy(update={"targets": wanted.targets, "alpha": wanted.alpha})
+        return about.model_copy(update={"targets": wanted.targets, "gate_sum": wanted.gate_sum})
 
     def _is_last(self, newest: Newest) -> bool:
         """Whether the adapter is what the update before this one trained."""

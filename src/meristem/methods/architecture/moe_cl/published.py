@@ -53,6 +53,7 @@ class PublishedMoECL(MoECL):
 
     def loss(self, step: Step) -> Tensor | None:
         """-``adversary`` * L_aux on the batch."""
+        self.new = None  # trained on after it was finished
         if self._game is None:
             return None
         rows, newest = len(step.inputs["input_ids"]), len(self.old)
@@ -68,7 +69,8 @@ class PublishedMoECL(MoECL):
     def state_dict(self) -> MethodState:
         found = self._served(self.learned_experts)
         tensors = found["tensors"]
-        tensors |= _named("discriminators", self._heads if self.new is not None else self._heads_before)
+        now = self._heads if self.new is not None else {}  # none either in an update without adversary
+        tensors |= _named("discriminators", now or self._heads_before)
         if self.new is None and self._training is not None:
             assert self.vector is not None
             tensors["vector"] = kept(self.vector)

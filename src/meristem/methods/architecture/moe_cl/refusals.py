@@ -57,10 +57,15 @@ def statistics_of(old: Sequence[Expert], tensors: Mapping[str, Tensor]) -> list[
 
 
 def another_shape(about: ExpertEntry, wanted: ExpertEntry, gate_sum: float) -> None:
-    if about.rank != wanted.rank or wanted.alpha not in (about.alpha, about.alpha * gate_sum):
+    if (about.rank, about.alpha) != (wanted.rank, wanted.alpha):
         raise BadInput(
             f"moe-cl: rank {about.rank}, alpha {about.alpha} do not go with the stored experts, which share one of "
-            f"rank {wanted.rank}, alpha {wanted.alpha / gate_sum:g}: give the LoRA theirs"
+            f"rank {wanted.rank}, alpha {wanted.alpha}: give the LoRA theirs"
+        )
+    if gate_sum != (wanted.gate_sum or 1):
+        raise BadInput(
+            f"moe-cl: gate_sum={gate_sum:g} does not go with the stored experts, whose gates sum to "
+            f"{wanted.gate_sum or 1:g}: give gate_sum={wanted.gate_sum or 1:g}"
         )
     if odd := sorted(set(about.targets) ^ set(wanted.targets)):
         raise BadInput(
