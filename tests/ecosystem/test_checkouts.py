@@ -66,7 +66,7 @@ def test_a_failed_export_leaves_nothing(store, add, tmp_path, monkeypatch):
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folders, "_write_weights", full)
+    monkeypatch.setattr(folders, "write_weights", full)
     with pytest.raises(EnvironmentFailure, match="free some space"):
         checkouts.export(store, version, tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))

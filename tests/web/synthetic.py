@@ -128,7 +128,7 @@ def score(ws: Workspace, version: VersionEntry, suite: str, right: int) -> Evalu
         for index, item in enumerate(task.items)
     ]
     key = (version.content, entry.record.facts["digest"], engine_digest(evaluator.settings))
-    return evaluator._record(key, version, entry, results, None, 12.5)
+    return evaluator._record(key, version, entry, results, evaluator.settings, None, 12.5)
 
 
 def full_story(root: Path) -> Workspace:

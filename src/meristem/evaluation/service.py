@@ -77,7 +77,7 @@ class Evaluator:
             engine = self._engine(version.content, expert)
             journal.start()
             results = evaluate(engine, loaded, step, journal, prepared=True)
-            return self._record(key, version, suite, results, engine, journal.seconds)
+            return self._record(key, version, suite, results, settings, engine.template, journal.seconds)
 
     def task_score(self, version: VersionEntry, suite: AssetEntry, task: str) -> float:
         """Mean score of ``version`` on one task of ``suite``, measured now if it was not before."""
@@ -141,7 +141,8 @@ class Evaluator:
         version: VersionEntry,
         suite: AssetEntry,
         results: list[ItemResult],
-        engine: Engine,
+        settings: EngineSettings,
+        template: str | None,
         seconds: float,
     ) -> EvaluationEntry:
         body = Blob.file(canonical(results))
@@ -150,7 +151,7 @@ class Evaluator:
             content=key[0],
             suite=key[1],
             engine=key[2],
-            settings={**engine_document(engine.settings), "template": engine.template},
+            settings={**engine_document(settings), "template": template},
             results=body.digest,
             summary=summary(results),
         )

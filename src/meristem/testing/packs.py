@@ -193,7 +193,7 @@ class PacksContract:
             results = list(pool.map(lambda _: self.again(packs).write(blobs), range(8)))
         assert all(result == results[0] for result in results)
         pack = results[0][0].pack
-        for _ in range(50):  # a listing may lag behind uploads of one name that met (rclone's does)
+        for _ in range(300):  # a listing may lag behind uploads of one name that met (rclone's does)
             if (listed := list(packs.names())) == [pack]:
                 break
             time.sleep(0.1)
