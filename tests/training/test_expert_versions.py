@@ -12,15 +12,14 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from tests import acme
 from tests.cli import process
+from tests.training.lines import content, release, said
 
 import meristem as ms
 from meristem.cli.main import main
 from meristem.config import Lora, MethodConfig, Recipe
-from meristem.ecosystem import versions
 from meristem.ecosystem.bundles.documents import _check_content
 from meristem.ecosystem.folders import ingest
 from meristem.ecosystem.records import Plan
-from meristem.engine.generate import generate
 from meristem.engine.load import load
 from meristem.engine.prompts import encode_prompt
 from meristem.errors import BadInput
@@ -39,10 +38,7 @@ def line(origin, tmp_path_factory):
     folder = tmp_path_factory.mktemp("experts") / "ws"
     shutil.copytree(origin, folder)
     ws = ms.Workspace.open(folder, actor="kim")
-    for task in "ab":
-        decision = ws.propose(ws.update("support", data=[task], methods=[METHOD]).version)
-        assert decision.passed, decision
-        ws.promote(decision)
+    release(ws, "ab", METHOD)
     ws.close()
     return folder
 
@@ -52,17 +48,6 @@ def ws(line, copy):
     ws = ms.Workspace.open(copy(line), actor="kim")
     yield ws
     ws.close()
-
-
-def content(ws, reference):
-    with ws.store.database.read() as connection:
-        return versions.content_of(connection, ws.version(reference).content)
-
-
-def said(engine, questions):
-    return [
-        t.text for [t] in generate(engine, [encode_prompt(engine, q) for q in questions], max_new_tokens=4)
-    ]
 
 
 def test_released_and_taken_back_and_nothing_learned_before_is_forgotten(ws):

@@ -9,10 +9,10 @@ import sys
 import pytest
 from peft import AutoPeftModelForCausalLM
 from tests import acme
+from tests.training.lines import content
 
 import meristem as ms
 from meristem.cli.main import main
-from meristem.ecosystem import versions
 from meristem.engine.generate import generate
 from meristem.engine.load import load
 from meristem.engine.prompts import encode_prompt
@@ -44,11 +44,6 @@ def ws(line, copy):
     ws = ms.Workspace.open(copy(line), actor="kim")
     yield ws
     ws.close()
-
-
-def content(ws, reference):
-    with ws.store.database.read() as connection:
-        return versions.content_of(connection, ws.version(reference).content)
 
 
 def test_an_old_expert_is_stored_once_and_the_rest_moves_on(ws):

@@ -10,11 +10,10 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from tests import acme
 from tests.cli import process
+from tests.training.lines import content, release, said
 
 import meristem as ms
 from meristem.config import MethodConfig, Recipe
-from meristem.ecosystem import versions
-from meristem.engine.generate import generate
 from meristem.engine.load import load
 from meristem.engine.prompts import encode_prompt
 from meristem.errors import BadInput
@@ -34,10 +33,7 @@ def line(origin, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixtures") / "ws"
     shutil.copytree(origin, folder)
     ws = ms.Workspace.open(folder, actor="kim")
-    for task in "ab":
-        decision = ws.propose(ws.update("support", data=[task], methods=[METHOD]).version)
-        assert decision.passed, decision
-        ws.promote(decision)
+    release(ws, "ab", METHOD)
     ws.add_data("c", origin.parent / "files/c.jsonl")
     ws.add_suite("c", origin.parent / "files/c.yaml")
     ws.close()
@@ -52,16 +48,6 @@ def ws(line, copy):
     ws = ms.Workspace.open(copy(line), actor="kim")
     yield ws
     ws.close()
-
-
-def content(ws, reference):
-    with ws.store.database.read() as connection:
-        return versions.content_of(connection, ws.version(reference).content)
-
-
-def said(engine, questions):
-    asked = [encode_prompt(engine, question) for question in questions]
-    return [answer.text for [answer] in generate(engine, asked, max_new_tokens=4)]
 
 
 def test_a_new_version_shares_all_that_was_learned_but_the_shared_b(ws):
